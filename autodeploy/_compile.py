@@ -1,0 +1,288 @@
+"""compile(): a Hugging Face model -> a CompiledModel that computes logits and generates."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+from autodeploy.capture.checkpoint import CheckpointSource, build_skeleton, cast_floats, checkpoint_dtype, checkpoint_recipes, read_config
+from autodeploy.capture.export import capture, live_source, skeleton_of
+from autodeploy.capture.patches import rope_thresholds
+from autodeploy.config import LLMArgs, SamplingParams
+from autodeploy.errors import ConfigError, RequestError
+from autodeploy.executor.batch import BatchBuilder
+from autodeploy.executor.engine import ADExecutor
+from autodeploy.executor.kv_cache import KVCacheManager
+from autodeploy.executor.model_runner import EagerRunner, ModelRunner, Runner
+from autodeploy.executor.outputs import RequestHandle, RequestOutput
+from autodeploy.executor.request import Detokenizer, Request
+from autodeploy.executor.sampler import Sampler
+from autodeploy.executor.scheduler import Scheduler
+from autodeploy.program import Program
+from autodeploy.report.tables import describe
+from autodeploy.report.timeline import Timeline
+from autodeploy.specs import Target
+from autodeploy.transforms.default import default_pipeline
+from autodeploy.transforms.pipeline import Pipeline
+from autodeploy.weights import Cast, Recipe, Take, TensorSource
+
+
+Lowered = tuple[Program, TensorSource, "ModelFacts"]
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What serving needs to know of a model beside its program."""
+
+    config: Any
+    eos_token_ids: frozenset[int]
+    max_seq_len: int
+    vocab_size: int
+
+
+def compile(model: Any, **options: Any) -> CompiledModel:  # noqa: A001
+    """Compile a Hugging Face causal language model.
+
+    model: an `nn.Module` of transformers in memory (left as it is; unchanged weights are shared with it) or a checkpoint folder.
+    options: those of `LLM`; see `LLMArgs`. Raises ConfigError, CheckpointError, UnsupportedModelError or TransformError.
+    """
+    args = LLMArgs(model=model, **options)
+    timeline = Timeline()
+    pipeline = _pipeline(args)
+    if args.backend == "pytorch":
+        return _eager(args, timeline)
+    if isinstance(model, nn.Module):
+        program, source, facts = _from_memory(model, args, pipeline, timeline)
+    else:
+        program, source, facts = _from_folder(Path(model), args, pipeline, timeline)
+    with timeline.phase("load weights", len(program.weights)) as advance:
+        runner = ModelRunner(program, source, _device(args), advance)
+    return CompiledModel(args, facts, timeline, runner, program)
+
+
+def trace(model: Any, args: LLMArgs, timeline: Timeline) -> Program:
+    """The lowered program alone, no weights loaded."""
+    pipeline = _pipeline(args)
+    if isinstance(model, nn.Module):
+        return _from_memory(model, args, pipeline, timeline)[0]
+    return _from_folder(Path(model), args, pipeline, timeline)[0]
+
+
+def _pipeline(args: LLMArgs) -> Pipeline:
+    default = default_pipeline(_target(args))
+    if args.pipeline is None or isinstance(args.pipeline, Pipeline):
+        return args.pipeline or default
+    if not callable(args.pipeline) or not isinstance(edited := args.pipeline(default), Pipeline):
+        raise ConfigError("'pipeline' must be a Pipeline or a function from Pipeline to Pipeline")
+    return edited
+
+
+def _device(args: LLMArgs) -> str:
+    if args.device != "auto":
+        return args.device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _target(args: LLMArgs) -> Target:
+    return Target(device=_device(args), page_size=args.kv_cache_config.page_size)
+
+
+def _from_memory(model: Any, args: LLMArgs, pipeline: Pipeline, timeline: Timeline) -> Lowered:
+    skeleton: Any = skeleton_of(model)
+    stored = {name: tensor.dtype for name, tensor in skeleton.state_dict().items()}
+    if args.dtype != "auto":
+        cast_floats(skeleton, getattr(torch, args.dtype))
+    recipes = {name: _cast(Take(name), stored[name], tensor.dtype) for name, tensor in skeleton.state_dict().items()}
+    program, initial = _lower(skeleton, dict(model.named_buffers()), recipes, args, pipeline, timeline)
+    return program, live_source(model, initial), _facts(model.config, getattr(model, "generation_config", None))
+
+
+def _from_folder(folder: Path, args: LLMArgs, pipeline: Pipeline, timeline: Timeline) -> Lowered:
+    config = read_config(folder)
+    source = CheckpointSource(folder)
+    dtype = checkpoint_dtype(config, source) if args.dtype == "auto" else getattr(torch, args.dtype)
+    skeleton: Any = build_skeleton(config, dtype)
+    wanted = {name: tensor.dtype for name, tensor in skeleton.state_dict().items()}
+    recipes = {
+        name: _cast(recipe, source.describe(recipe.name).dtype if isinstance(recipe, Take) else None, wanted[name])
+        for name, recipe in checkpoint_recipes(skeleton, source, args.ignore_unexpected_weights).items()
+    }
+    program, source.initial = _lower(skeleton, dict(skeleton.named_buffers()), recipes, args, pipeline, timeline)
+    generation = GenerationConfig.from_pretrained(folder) if (folder / "generation_config.json").exists() else None
+    return program, source, _facts(config, generation)
+
+
+def _cast(recipe: Recipe, stored: torch.dtype | None, wanted: torch.dtype) -> Recipe:
+    return recipe if stored == wanted else Cast(recipe, wanted)
+
+
+def _lower(
+    skeleton: Any, buffers: dict[str, Tensor], recipes: dict[str, Recipe], args: LLMArgs, pipeline: Pipeline, timeline: Timeline
+) -> tuple[Program, dict[str, Tensor]]:
+    """The lowered program, its weights as recipes over the source, and the values of its initial buffers."""
+    with timeline.phase("export"):
+        captured = capture(skeleton, buffers)
+    with timeline.phase("passes", len(pipeline.passes)) as advance:
+        program = pipeline.run(captured.program, _target(args), advance)
+    program.weights = program.weights.substitute(recipes)
+    return program, dict(captured.initial)
+
+
+def _eager(args: LLMArgs, timeline: Timeline) -> CompiledModel:
+    model: Any = args.model
+    with timeline.phase("load weights"):
+        if not isinstance(model, nn.Module):
+            read_config(Path(model))
+            CheckpointSource(Path(model))
+            model = AutoModelForCausalLM.from_pretrained(model, dtype=args.dtype, trust_remote_code=False, use_safetensors=True)
+    return CompiledModel(args, _facts(model.config, model.generation_config), timeline, EagerRunner(model.eval()), None)
+
+
+def _facts(config: Any, generation: Any) -> ModelFacts:
+    text = config.get_text_config()
+    eos = getattr(generation, "eos_token_id", None) if generation is not None else None
+    eos = text.eos_token_id if eos is None else eos
+    ids = frozenset() if eos is None else frozenset(eos if isinstance(eos, list) else [eos])
+    return ModelFacts(config, ids, getattr(text, "max_position_embeddings", None) or 2048, text.vocab_size)
+
+
+class CompiledModel:
+    """A program with its weights. The executor and its KV pool are made at the first call."""
+
+    def __init__(self, args: LLMArgs, facts: ModelFacts, timeline: Timeline, runner: Runner, program: Program | None) -> None:
+        self.args, self.facts, self.timeline, self.runner = args, facts, timeline, runner
+        self._program = program
+        self._executor: ADExecutor | None = None
+        self._ids = itertools.count()
+
+    @property
+    def program(self) -> Program:
+        if self._program is None:
+            raise ConfigError("backend='pytorch' runs the eager model: there is no program")
+        return self._program
+
+    @property
+    def max_seq_len(self) -> int:
+        return self.args.max_seq_len or self.facts.max_seq_len
+
+    @property
+    def executor(self) -> ADExecutor:
+        if self._executor is None:
+            self._executor = self._make_executor()
+        return self._executor
+
+    def report(self) -> str:
+        """Passes, providers, caches, weights and start-up time as text."""
+        return describe(self.program, self.timeline, self.args.kv_cache_config.page_size)
+
+    def __call__(self, input_ids: Tensor) -> Tensor:
+        """Logits [B, S, vocab] of token ids [B, S]; the B rows are served as B requests."""
+        if input_ids.dim() != 2 or input_ids.shape[1] == 0:
+            raise RequestError(f"input_ids has shape {list(input_ids.shape)}, but [batch, tokens] with at least one token is needed")
+        handles = [self.submit(row, SamplingParams(max_tokens=0), return_context_logits=True) for row in input_ids.tolist()]
+        return torch.stack([handle.result().context_logits for handle in handles])
+
+    def generate(
+        self, prompts: Sequence[int] | Sequence[Sequence[int]], sampling_params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> RequestOutput | list[RequestOutput]:
+        """Token ids in, token ids out: one prompt gives one output, a list of prompts a list in the same order.
+
+        In a list a request that fails has `finish_reason` error and its `error` set; alone it raises it.
+        """
+        if not prompts or isinstance(prompts[0], int):
+            return self.submit(list(prompts), _one(sampling_params)).result()  # pyright: ignore
+        params = spread(sampling_params, len(prompts))
+        handles = [self.submit(list(ids), item) for ids, item in zip(prompts, params, strict=True)]  # pyright: ignore
+        return [handle.output() for handle in handles]
+
+    def submit(
+        self,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        *,
+        prompt: str | None = None,
+        streaming: bool = False,
+        detokenizer: Detokenizer | None = None,
+        return_context_logits: bool = False,
+    ) -> RequestHandle:
+        """Queue one request. A bad one is given a handle that raises its RequestError."""
+        request = Request(
+            next(self._ids),
+            prompt_token_ids,
+            params,
+            self.facts.eos_token_ids,
+            self._max_new_tokens(prompt_token_ids, params),
+            detokenizer,
+            return_context_logits,
+        )
+        handle = RequestHandle(request, prompt, streaming, self.executor.abort)
+        self.executor.submit(handle)
+        return handle
+
+    def _max_new_tokens(self, ids: list[int], params: SamplingParams) -> int:
+        """What was asked for; up to the end of the sequence when nothing was asked, or when only the default is too long."""
+        room = max(self.max_seq_len - len(ids), 0)
+        if params.max_tokens is None:
+            return room
+        return params.max_tokens if "max_tokens" in params.model_fields_set else min(params.max_tokens, room)
+
+    def shutdown(self) -> None:
+        """End the executor. No harm when called again."""
+        if self._executor is not None:
+            self._executor.shutdown()
+
+    def _make_executor(self) -> ADExecutor:
+        args, page_size = self.args, self.args.kv_cache_config.page_size
+        with self.timeline.phase("allocate KV pool"):
+            num_pages = self._num_pages()
+            if isinstance(self.runner, ModelRunner):
+                self.runner.allocate(num_pages, page_size)
+        kv = KVCacheManager(num_pages, page_size)
+        eager = not isinstance(self.runner, ModelRunner)
+        thresholds = rope_thresholds(self.runner.model) if eager else self.program.rope_thresholds  # pyright: ignore
+        chunked = args.enable_chunked_prefill and not eager
+        scheduler = Scheduler(
+            kv, args.max_batch_size, args.max_num_tokens, self.max_seq_len, chunked, thresholds  # pyright: ignore
+        )
+        batches = BatchBuilder(kv, args.max_batch_size, args.max_num_tokens)
+        return ADExecutor(self.runner, scheduler, batches, Sampler(self.facts.vocab_size, args.seed))
+
+    def _num_pages(self) -> int:
+        """Pages of the pool, the scratch page included: the smallest of the limits that hold."""
+        config, page_size = self.args.kv_cache_config, self.args.kv_cache_config.page_size
+        specs: Iterable[Any] = self._program.caches.values() if self._program else ()
+        bytes_per_page = sum(spec.bytes_per_page(page_size) for spec in specs)
+        limits = [self.args.max_batch_size * -(-self.max_seq_len // page_size)]
+        if config.max_tokens is not None:
+            limits = [-(-config.max_tokens // page_size)]
+        if bytes_per_page:
+            limits.append((config.max_bytes or int(config.free_memory_fraction * free_memory(_device(self.args)))) // bytes_per_page)
+        if min(limits) < 1:
+            raise ConfigError(f"kv_cache_config leaves room for no page of {page_size} tokens ({bytes_per_page} bytes). Raise max_bytes.")
+        return 1 + min(limits)
+
+
+def free_memory(device: str) -> int:
+    """Bytes that can still be allocated on a device."""
+    return torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else psutil.virtual_memory().available
+
+
+def _one(params: SamplingParams | Sequence[SamplingParams] | None) -> SamplingParams:
+    return spread(params, 1)[0]
+
+
+def spread(params: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int) -> list[SamplingParams]:
+    """One SamplingParams per prompt, from none, one, or one each."""
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * num_prompts
+    if len(params) != num_prompts:
+        raise ConfigError(f"{len(params)} sampling_params for {num_prompts} prompts; give one, or one for each")
+    return list(params)

@@ -1,0 +1,183 @@
+"""An unmodified Hugging Face model -> a Program at the exported level."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import Dim, ExportedProgram
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from autodeploy.capture.masks import prove_masks
+from autodeploy.capture.patches import CaptureState, applied, rope_thresholds, where_defined
+from autodeploy.errors import UnsupportedModelError
+from autodeploy.program import Program
+from autodeploy.specs import INPUTS
+from autodeploy.weights import Initial, LiveSource, Recipe, Take, WeightPlan
+
+EXAMPLE_TOKENS = 19
+"""Length traced with; the graph may not depend on it (checked)."""
+
+
+@dataclass(frozen=True)
+class Captured:
+    program: Program
+    initial: Mapping[str, Tensor]
+    """Values of the program's `Initial` leaves."""
+
+
+class _Logits(nn.Module):
+    """The calling convention of the graph: packed token ids and positions in, logits [1, T, V] out."""
+
+    def __init__(self, model: nn.Module, state: CaptureState, inputs: list[str]) -> None:
+        super().__init__()
+        self.model, self.state, self.inputs = model, state, inputs
+        accepted = inspect.signature(model.forward).parameters
+        self.passed = [name for name in ("input_ids", "position_ids") if name in accepted or "kwargs" in accepted]
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        values = dict(zip(self.inputs, tensors, strict=True))
+        self.state.rope_len = values.get("rope_len")
+        return self.model(**{name: values[name] for name in self.passed}, use_cache=False).logits
+
+
+def skeleton_of(model: nn.Module) -> nn.Module:
+    """A copy of a live model whose parameters and buffers are meta tensors; the model itself is not touched."""
+    tensors = {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in model.parameters()}
+    tensors |= {id(b): b.to("meta") for b in model.buffers()}
+    return copy.deepcopy(model, dict(tensors)).eval()
+
+
+def capture(skeleton: nn.Module, initial: Mapping[str, Tensor]) -> Captured:
+    """Trace a skeleton: parameters on meta, in their final dtypes; initial: real values of its buffers, by name.
+
+    Raises UnsupportedModelError naming the module, the source line and the reason when the model cannot be captured exactly.
+    """
+    state, initial = CaptureState(), dict(initial)
+    with applied(skeleton, state):
+        for name, buffer in skeleton.named_buffers():
+            if buffer.device.type != "meta":  # registered by a patch just now
+                initial.setdefault(name, buffer)
+        mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+        names = _make_fake(skeleton, mode)
+        inputs = ["input_ids", "position_ids", *(["rope_len"] if _reads_rope_len(skeleton) else [])]
+        exported = _export(skeleton, state, inputs, mode)
+    program = _to_program(exported, inputs, names, skeleton, initial)
+    prove_masks(program, state.masks, skeleton)
+    program.rope_thresholds = rope_thresholds(skeleton)
+    return Captured(program, initial)
+
+
+def _reads_rope_len(skeleton: nn.Module) -> bool:
+    return any("forward" in vars(module) for module in skeleton.modules())
+
+
+def _make_fake(skeleton: nn.Module, mode: FakeTensorMode) -> dict[int, str]:
+    """Replace every parameter and buffer by a fake CPU tensor (no memory); id of the fake -> first name, so ties share a name."""
+    fakes: dict[int, Any] = {}
+    names: dict[int, str] = {}
+    for path, module in skeleton.named_modules():
+        for table in (module._parameters, module._buffers):
+            for key, tensor in table.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in fakes:
+                    with mode:
+                        fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+                    fakes[id(tensor)] = fake if table is module._buffers else nn.Parameter(fake, requires_grad=False)
+                table[key] = fakes[id(tensor)]
+                names.setdefault(id(table[key]), f"{path}.{key}".lstrip("."))
+    return names
+
+
+def _export(skeleton: nn.Module, state: CaptureState, inputs: list[str], mode: FakeTensorMode) -> ExportedProgram:
+    with mode:
+        example = tuple(torch.zeros(1, EXAMPLE_TOKENS, dtype=torch.int64) for _ in inputs)
+    shapes = {"tensors": tuple({1: Dim.DYNAMIC} for _ in inputs)}
+    try:
+        with torch.no_grad():
+            exported = torch.export.export(_Logits(skeleton, state, inputs), example, dynamic_shapes=shapes, strict=False)
+    except UnsupportedModelError:
+        raise
+    except Exception as error:
+        raise UnsupportedModelError(f"it cannot be traced: {_first_line(error)}", source=_blame(error, skeleton)) from error
+    if any(_mutates(node) for node in exported.graph.nodes):
+        exported = exported.run_decompositions({})  # functional form; other ops stay what they are
+    for symbol, bounds in exported.range_constraints.items():
+        if bounds.lower > 2:
+            reason = f"its graph is only right for at least {bounds.lower} tokens (symbol {symbol})"
+            raise UnsupportedModelError(reason, source=where_defined(skeleton))
+    return exported
+
+
+def _mutates(node: fx.Node) -> bool:
+    """Writes into a tensor (`detach_` of a constant does not)."""
+    target = node.target
+    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable and target is not torch.ops.aten.detach_.default
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _blame(error: Exception, skeleton: nn.Module) -> str:
+    """The innermost line of modeling code in the traceback."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "modeling" in frame.filename]
+    if not frames:
+        return where_defined(skeleton)
+    return f"{frames[-1].filename.rpartition('site-packages/')[2]}, line {frames[-1].lineno} ({frames[-1].line})"
+
+
+def _to_program(
+    exported: ExportedProgram, inputs: list[str], names: dict[int, str], skeleton: nn.Module, initial: dict[str, Tensor]
+) -> Program:
+    """Flat placeholders and one logits output; `get_attr` by the model's own names; constants become initial values."""
+    module: Any = exported.module(check_guards=False)
+    graph: fx.Graph = module.graph
+    graph.set_codegen(fx.graph.CodeGen())
+    tensors: dict[str, Any] = {}
+    recipes: dict[str, Recipe] = {}
+    persistent = {**skeleton.state_dict(keep_vars=True), **dict(skeleton.named_parameters())}
+    for node, name in zip([node for node in graph.nodes if node.op == "placeholder"], inputs, strict=True):
+        node.target = node.name = name
+    last_input = [node for node in graph.nodes if node.op == "placeholder"][-1]
+    for node in [node for node in graph.nodes if node.op == "get_attr"]:
+        last_input.append(node)
+        last_input = node
+        if not node.users:
+            graph.erase_node(node)
+            continue
+        attribute = _resolve(module, str(node.target))
+        name = names.get(id(attribute)) or f"constants.{str(node.target).replace('.', '_')}"
+        if name.startswith("constants."):
+            initial[name] = attribute.detach()
+        node.target = name
+        recipes[name] = Take(name) if name in persistent else Initial(name)
+        tensors[name] = nn.Parameter(torch.empty_like(attribute, device="meta"), requires_grad=False)
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default):
+        graph.erase_node(node)
+    output = graph.output_node()
+    output.args = (output.args[0][0],)  # pyright: ignore
+    program = Program(fx.GraphModule(tensors, graph), {name: INPUTS[name] for name in inputs}, {}, WeightPlan(recipes))
+    program.check()
+    return program
+
+
+def _resolve(module: Any, target: str) -> Any:
+    for part in target.split("."):
+        module = getattr(module, part)
+    return module
+
+
+def live_source(model: nn.Module, initial: Mapping[str, Tensor]) -> LiveSource:
+    """The tensors of a model in memory as the source of a program's weights."""
+    tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    return LiveSource(tensors, initial)
+

@@ -1,0 +1,215 @@
+"""What capture changes in transformers and in its own copy of the model, in one visible table. The user's model is never touched."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, masking_utils
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from autodeploy import custom_ops as ops
+from autodeploy.errors import UnsupportedModelError
+
+IMPLEMENTATION = "autodeploy"
+"""Name under which attention and its masks are registered with transformers."""
+
+NEUTRAL_KWARGS = {"position_ids", "use_cache", "output_attentions", "output_router_logits", "is_causal", "dropout", "layer_idx"}
+"""Keyword arguments of an attention call that do not change what it computes (is_causal is checked)."""
+
+
+@dataclass(eq=False)
+class MaskTag:
+    """Stands for an attention mask while tracing: which rule it follows, never a tensor. Slicing it changes nothing."""
+
+    index: int
+    rule: Callable[..., Any]
+
+    def __getitem__(self, _: Any) -> MaskTag:
+        return self
+
+
+@dataclass
+class CaptureState:
+    """What the patches learn while one model is traced."""
+
+    masks: list[MaskTag] = field(default_factory=list)
+    rope_len: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class ExportPatch:
+    name: str
+    reason: str
+    apply: Callable[[nn.Module, CaptureState], Any]
+    """(capture's copy of the model, state) -> a context manager, or None when the change lives in the copy."""
+
+
+@contextmanager
+def applied(model: nn.Module, state: CaptureState) -> Iterator[None]:
+    """All patches of the table, for as long as the model is traced."""
+    with ExitStack() as stack:
+        for patch in PATCHES:
+            if (context := patch.apply(model, state)) is not None:
+                stack.enter_context(context)
+        yield
+
+
+def where_defined(module: nn.Module) -> str:
+    """module.path:line of the code that a module's forward runs."""
+    forward = inspect.unwrap(type(module).forward)
+    return f"{type(module).__module__}.{type(module).__name__}, line {forward.__code__.co_firstlineno}"
+
+
+def _attention_call(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: MaskTag | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention signature -> one op: q [1, H, T, Dk], k [1, Hkv, T, Dk], v [1, Hkv, T, Dv] -> [1, T, H, Dv]."""
+    unknown = sorted(name for name in kwargs.keys() - NEUTRAL_KWARGS if kwargs[name] is not None)
+    if unknown:
+        raise UnsupportedModelError(f"its attention call passes {unknown}, whose meaning is not known here", source=where_defined(module))
+    if kwargs.get("is_causal") is False or getattr(module, "is_causal", True) is False:
+        raise UnsupportedModelError("its attention is not causal", source=where_defined(module))
+    if not isinstance(attention_mask, MaskTag | None):
+        raise UnsupportedModelError("it builds an attention mask of its own", source=where_defined(module))
+    mask = -1 if attention_mask is None else attention_mask.index
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return ops.attention(query, key, value, s_aux, float(scale), sliding_window or 0, float(softcap or 0.0), mask), None
+
+
+def _route_attention(model: nn.Module, state: CaptureState) -> None:
+    AttentionInterface.register(IMPLEMENTATION, _attention_call)
+    model.set_attn_implementation(IMPLEMENTATION)  # pyright: ignore[reportCallIssue]
+
+
+@contextmanager
+def _tag_masks(model: nn.Module, state: CaptureState) -> Iterator[None]:
+    def tag(*_: Any, mask_function: Callable[..., Any], **__: Any) -> MaskTag:
+        state.masks.append(MaskTag(len(state.masks), mask_function))
+        return state.masks[-1]
+
+    masking_utils.AttentionMaskInterface.register(IMPLEMENTATION, tag)
+    try:
+        yield
+    finally:
+        del masking_utils.AttentionMaskInterface._global_mapping[IMPLEMENTATION]
+
+
+@contextmanager
+def _no_packing_by_positions(model: nn.Module, state: CaptureState) -> Iterator[None]:
+    original = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = original
+
+
+def _rotary_kinds(model: nn.Module) -> Iterator[tuple[nn.Module, str | None, str]]:
+    """(rotary module, layer type or None, kind of rope) for each kind that depends on length."""
+    for module in model.modules():
+        kinds = getattr(module, "rope_type", None)
+        for layer_type, kind in kinds.items() if isinstance(kinds, dict) else [(None, kinds)]:
+            if isinstance(kind, str) and kind in LENGTH_DEPENDENT_ROPE:
+                yield module, layer_type, kind
+
+
+def rope_thresholds(model: nn.Module) -> tuple[int, ...]:
+    """Lengths at which long rope changes all of a request's frequencies."""
+    found = {_rope_parameters(module, layer)["original_max_position_embeddings"] for module, layer, kind in _rotary_kinds(model) if kind == "longrope"}
+    return tuple(sorted(found))
+
+
+def _rope_by_length(model: nn.Module, state: CaptureState) -> None:
+    for module, layer_type, kind in list(_rotary_kinds(model)):
+        _replace_rotary_forward(module, layer_type, LENGTH_DEPENDENT_ROPE[kind], state)
+
+
+def _replace_rotary_forward(module: nn.Module, layer_type: str | None, rule: Callable[..., Any], state: CaptureState) -> None:
+    """Give one rotary module (for one layer type) a forward that reads the length of each token's own request."""
+    before = module.forward
+    traceable = rule(module, layer_type, inspect.unwrap(type(module).forward), state)
+
+    def forward(self: nn.Module, x: Tensor, position_ids: Tensor, layer_type_: str | None = None, **kwargs: Any) -> Any:
+        asked = kwargs.get("layer_type", layer_type_)
+        if asked != layer_type:
+            return before(x, position_ids, layer_type=asked)
+        return traceable(x, position_ids)
+
+    module.forward = MethodType(forward, module)
+
+
+def _rope_parameters(module: nn.Module, layer_type: str | None) -> dict[str, Any]:
+    parameters = module.config.rope_parameters  # pyright: ignore
+    return parameters[layer_type] if layer_type is not None else parameters
+
+
+def _long_rope(module: Any, layer_type: str | None, stock: Callable[..., Any], state: CaptureState) -> Callable[..., Any]:
+    """Both frequency sets through the stock forward, and per token the one its request's length asks for."""
+    threshold = _rope_parameters(module, layer_type)["original_max_position_embeddings"]
+    init, prefix = ROPE_INIT_FUNCTIONS["longrope"], "" if layer_type is None else f"{layer_type}_"
+    for name, seq_len in (("short", threshold), ("long", threshold + 1)):
+        frequencies, _ = init(module.config, torch.device("cpu"), seq_len=seq_len, layer_type=layer_type)
+        module.register_buffer(f"{prefix}{name}_frequencies", frequencies, persistent=False)
+
+    def forward(x: Tensor, position_ids: Tensor) -> tuple[Tensor, ...]:
+        kwargs = {} if layer_type is None else {"layer_type": layer_type}
+        results = []
+        for name in ("short", "long"):
+            with _shadowed(module, f"{prefix}inv_freq", getattr(module, f"{prefix}{name}_frequencies")):
+                results.append(stock(module, x, position_ids, **kwargs))
+        assert state.rope_len is not None
+        is_long = (state.rope_len > threshold)[..., None]
+        return tuple(torch.where(is_long, long, short) for short, long in zip(*results, strict=True))
+
+    return forward
+
+
+def _dynamic_rope(module: Any, layer_type: str | None, stock: Callable[..., Any], state: CaptureState) -> Callable[..., Any]:
+    """The frequencies of each token's own request, [T, D/2], where the stock forward expects one set for all, [D/2]."""
+    init, name = ROPE_INIT_FUNCTIONS["dynamic"], "inv_freq" if layer_type is None else f"{layer_type}_inv_freq"
+
+    def forward(x: Tensor, position_ids: Tensor) -> tuple[Tensor, ...]:
+        assert state.rope_len is not None
+        seq_len: Any = state.rope_len[0, :, None]
+        frequencies, _ = init(module.config, x.device, seq_len=seq_len, layer_type=layer_type)
+        with _shadowed(module, name, frequencies):
+            return stock(module, x, position_ids, **({} if layer_type is None else {"layer_type": layer_type}))
+
+    return forward
+
+
+@contextmanager
+def _shadowed(module: nn.Module, name: str, value: Any) -> Iterator[None]:
+    """The module's buffer of that name reads as `value` inside."""
+    module.__dict__[name] = value
+    try:
+        yield
+    finally:
+        del module.__dict__[name]
+
+
+LENGTH_DEPENDENT_ROPE = {"longrope": _long_rope, "dynamic": _dynamic_rope}
+
+PATCHES = (
+    ExportPatch("attention", "each attention call becomes one op with scale, window, softcap and sinks as arguments", _route_attention),
+    ExportPatch("masks", "masks stay rules, evaluated and proved causal or windowed after tracing; no mask subgraph", _tag_masks),
+    ExportPatch("packing", "transformers would guess packed rows from position_ids; the paged ops know them", _no_packing_by_positions),
+    ExportPatch("rope by length", "stock code branches on max(position_ids), which mixes requests in one row", _rope_by_length),
+)

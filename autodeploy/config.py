@@ -1,0 +1,378 @@
+"""Options of the engine and of one request.
+
+The models are frozen. Constructing one with a wrong option raises `ConfigError`, never `pydantic.ValidationError`. Three data
+tables say which other spellings are understood (`_ALIASES`), which options come later and are accepted only at a value that
+changes nothing (`_LATER`), and where an option known from other engines lives here (`_ELSEWHERE`).
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any, ClassVar, Literal, Self, cast
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from autodeploy.errors import ConfigError, did_you_mean
+
+_DTYPES = ("auto", "float16", "bfloat16", "float32", "float64")
+_DTYPE_ALIASES = {
+    "half": "float16",
+    "fp16": "float16",
+    "bf16": "bfloat16",
+    "float": "float32",
+    "fp32": "float32",
+    "double": "float64",
+    "fp64": "float64",
+}
+
+
+def _dtype_name(value: object) -> str:
+    """Bare name of a dtype given as a string or as a `torch.dtype`."""
+    name = str(value).removeprefix("torch.")
+    name = _DTYPE_ALIASES.get(name, name)
+    if name not in _DTYPES:
+        raise ValueError(f"it is none of {', '.join(_DTYPES)}.{did_you_mean(name, [*_DTYPES, *_DTYPE_ALIASES])}")
+    return name
+
+
+def _as_tuple(value: object) -> object:
+    """A tuple from None, from one string or from a list; anything else as it is."""
+    if value is None or isinstance(value, str):
+        return () if value is None else (value,)
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _only_neutral(names: str, **neutral: tuple[object, ...]) -> dict[str, tuple[object, ...]]:
+    """A `_LATER` table: `names` take only None, False or nothing; the others also the values that are given."""
+    return dict.fromkeys(names.split(), ()) | neutral
+
+
+def _is_neutral(value: object, neutral: tuple[object, ...]) -> bool:
+    """Whether an option that is not supported yet has a value that asks for nothing."""
+    if value is None or value is False:
+        return True
+    return isinstance(value, bool | int | float | str | list | tuple | dict) and (value in neutral or value in ("", [], (), {}))
+
+
+class _Options(BaseModel):
+    """Base of the models below: resolves aliases and turns every failure into a `ConfigError`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, protected_namespaces=())
+
+    _ALIASES: ClassVar[Mapping[str, str]] = {}
+    _LATER: ClassVar[Mapping[str, tuple[object, ...]]] = {}
+    _ELSEWHERE: ClassVar[Mapping[str, str]] = {}
+
+    def __init__(self, **options: Any) -> None:
+        try:
+            super().__init__(**self._canonical(options))
+        except ValidationError as error:
+            raise self._explained(error) from None
+        for name in self._LATER.keys() & type(self).model_fields.keys():
+            self._refuse_later(name, getattr(self, name))
+
+    @classmethod
+    def _canonical(cls, options: dict[str, Any]) -> dict[str, Any]:
+        """The same options with only names of fields; raises on the first name that is none."""
+        result: dict[str, Any] = {}
+        for spelling, value in options.items():
+            name = cls._ALIASES.get(spelling, spelling)
+            if name in result and result[name] != value:
+                raise ConfigError(
+                    f"{cls.__name__}: '{name}' is given twice with different values; '{spelling}' is the same option."
+                )
+            if name in cls.model_fields:
+                result[name] = value
+            elif name in cls._LATER:
+                cls._refuse_later(name, value)
+            else:
+                raise ConfigError(f"{cls.__name__} has no option '{spelling}'.{cls._hint(spelling)}")
+        return result
+
+    @classmethod
+    def _refuse_later(cls, name: str, value: object) -> None:
+        if not _is_neutral(value, cls._LATER[name]):
+            raise ConfigError(f"{cls.__name__}: {name}={value!r} is not supported yet; leave '{name}' out.")
+
+    @classmethod
+    def _hint(cls, name: str) -> str:
+        if name in cls._ELSEWHERE:
+            return f" Use {cls._ELSEWHERE[name]}."
+        return did_you_mean(name, [*cls.model_fields, *cls._ALIASES])
+
+    @classmethod
+    def _explained(cls, error: ValidationError) -> ConfigError:
+        """The first failure as one sentence: field, value, reason, and what the field expects."""
+        first = error.errors()[0]
+        cause = first.get("ctx", {}).get("error")
+        if isinstance(cause, ConfigError):
+            return cause
+        reason = first["msg"].removeprefix("Value error, ")
+        reason += "" if reason.endswith(("?", ".")) else "."
+        if not first["loc"]:
+            return ConfigError(f"{cls.__name__}: {reason}")
+        name = str(first["loc"][0])
+        if first["type"] == "missing":
+            return ConfigError(f"{cls.__name__}: '{name}' is required.")
+        field = cls.model_fields.get(name)
+        expected = f" '{name}' is {field.description}." if field and field.description else ""
+        return ConfigError(f"{cls.__name__}: {name}={first['input']!r} is refused: {reason}{expected}")
+
+
+class SamplingParams(_Options):
+    """How the tokens of one request are chosen and when it stops.
+
+    `SamplingParams()` is **greedy**: the most likely token is taken at each step, nothing is drawn. The rule: greedy when
+    `temperature=0`, or `top_k=1`, or none of `temperature`, `top_k`, `top_p` and `min_p` is given; otherwise tokens are
+    drawn, at temperature 1.0 unless one is given. Nothing is read from the model's generation_config.json except its
+    end-of-sequence ids.
+
+    The order is: penalties, temperature, top_k, top_p, min_p. Raises `ConfigError`.
+    """
+
+    _ALIASES = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens", "sampling_seed": "seed"}
+    _LATER = _only_neutral(
+        "use_beam_search beam_width_array early_stopping top_p_min top_p_decay top_p_reset_ids end_id pad_id stop_regex "
+        "bad bad_words bad_token_ids embedding_bias logit_bias allowed_token_ids logprobs prompt_logprobs "
+        "logprob_token_ids flat_logprobs return_context_logits return_generation_logits return_hidden_states "
+        "return_encoder_output return_perf_metrics additional_model_outputs guided_decoding structured_outputs "
+        "logits_processor logits_processors apply_batched_logits_processor extra_args lora_request truncate_prompt_tokens "
+        "thinking_token_budget repetition_detection",
+        n=(1,),
+        best_of=(1,),
+        beam_width=(1,),
+        beam_search_diversity_rate=(0.0,),
+        length_penalty=(1.0,),
+        no_repeat_ngram_size=(0,),
+    )
+
+    max_tokens: int | None = Field(
+        default=32, ge=0, description="the most tokens to generate, 0 or more, or None for up to max_seq_len"
+    )
+    min_tokens: int = Field(
+        default=0, ge=0, description="the number of tokens before which nothing but max_tokens stops the request"
+    )
+    temperature: float | None = Field(
+        default=None, ge=0.0, allow_inf_nan=False, description="the divisor of the logits, 0 or more; 0 is greedy"
+    )
+    top_k: int | None = Field(default=None, ge=-1, description="how many of the most likely tokens are kept; 0 or -1 keeps all")
+    top_p: float | None = Field(
+        default=None, gt=0.0, le=1.0, description="the probability mass that is kept, in (0, 1]; for greedy choose temperature=0"
+    )
+    min_p: float | None = Field(
+        default=None, ge=0.0, le=1.0, description="the least probability kept, relative to the most likely token, in [0, 1]"
+    )
+    repetition_penalty: float = Field(
+        default=1.0, gt=0.0, allow_inf_nan=False, description="a factor on tokens of prompt and output, above 0; 1.0 is none"
+    )
+    presence_penalty: float = Field(
+        default=0.0, ge=-2.0, le=2.0, description="what a token that was generated before loses, in [-2, 2]"
+    )
+    frequency_penalty: float = Field(
+        default=0.0, ge=-2.0, le=2.0, description="what a token loses each time it was generated before, in [-2, 2]"
+    )
+    seed: int | None = Field(default=None, ge=0, lt=2**63, description="the seed of this request's draws, in [0, 2**63), or None")
+    stop: str | Sequence[str] | None = Field(default=(), description="a non-empty string, or several, at which the text ends")
+    stop_token_ids: Sequence[int] | None = Field(default=(), description="the token ids at which the request ends")
+    include_stop_str_in_output: bool = Field(default=False, description="whether the text keeps what stopped it")
+    ignore_eos: bool = Field(default=False, description="whether to go on after an end-of-sequence token")
+    skip_special_tokens: bool = Field(default=True, description="whether special tokens are left out of the text")
+    spaces_between_special_tokens: bool = Field(
+        default=True, description="whether a slow tokenizer puts spaces between special tokens"
+    )
+    add_special_tokens: bool = Field(default=True, description="whether the tokenizer adds its special tokens to a text prompt")
+    detokenize: bool = Field(default=True, description="whether token ids are turned into text")
+
+    @field_validator("stop", "stop_token_ids", mode="before")
+    @classmethod
+    def _as_tuple(cls, value: object) -> object:
+        return _as_tuple(value)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise ValueError(f"min_tokens={self.min_tokens} exceeds max_tokens={self.max_tokens}; lower one or raise the other")
+        if "" in self.stop_strings:
+            raise ValueError("an empty stop string would end every request at once; leave it out")
+        if self.stop and not self.detokenize:
+            raise ValueError("stop strings are found in the text, and detokenize=False makes none; use stop_token_ids")
+        return self
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """`stop`, however it was given."""
+        return cast(tuple[str, ...], self.stop)
+
+    @cached_property
+    def stop_ids(self) -> frozenset[int]:
+        """`stop_token_ids` as a set."""
+        return frozenset(self.stop_token_ids or ())
+
+    @cached_property
+    def greedy(self) -> bool:
+        """Whether the most likely token is taken instead of drawing one."""
+        if self.temperature == 0 or self.top_k == 1:
+            return True
+        return self.temperature is None and self.top_k is None and self.top_p is None and self.min_p is None
+
+    @cached_property
+    def has_penalties(self) -> bool:
+        """Whether earlier tokens change the logits."""
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
+    @cached_property
+    def is_plain_argmax(self) -> bool:
+        """Whether the next token is the largest logit, with nothing to apply before."""
+        return self.greedy and not self.has_penalties and self.min_tokens == 0
+
+
+class KVCacheConfig(_Options):
+    """Size of the paged KV pool. The smallest of the limits that are given holds. Raises `ConfigError`."""
+
+    _ALIASES = {
+        "tokens_per_block": "page_size",
+        "block_size": "page_size",
+        "max_gpu_total_bytes": "max_bytes",
+        "kv_cache_memory_bytes": "max_bytes",
+        "free_gpu_memory_fraction": "free_memory_fraction",
+    }
+    _LATER = _only_neutral(
+        "enable_block_reuse enable_partial_reuse enable_prefix_caching copy_on_partial_reuse max_attention_window "
+        "secondary_offload_min_priority",
+        host_cache_size=(0,),
+        disk_cache_size=(0,),
+    )
+
+    page_size: int = Field(default=32, ge=1, description="the number of tokens in one page, 1 or more")
+    max_tokens: int | None = Field(default=None, ge=1, description="the most tokens the pool holds, or None")
+    max_bytes: int | None = Field(default=None, ge=1, description="the most bytes the pool takes on one device, or None")
+    free_memory_fraction: float = Field(
+        default=0.25, gt=0.0, lt=1.0, description="the share of the memory available once the weights are loaded, in (0, 1)"
+    )
+    dtype: str = Field(default="auto", description="the element type of the cache; auto is that of the model")
+
+    @field_validator("dtype", mode="before")
+    @classmethod
+    def _bare_dtype(cls, value: object) -> str:
+        return _dtype_name(value)
+
+
+class LLMArgs(_Options):
+    """Every option of the engine; `LLM` and `compile` take the same names. Raises `ConfigError`."""
+
+    _ALIASES = {
+        "max_num_seqs": "max_batch_size",
+        "max_num_batched_tokens": "max_num_tokens",
+        "max_model_len": "max_seq_len",
+    }
+    _LATER = _only_neutral(
+        "quantization revision tokenizer_revision hf_token hf_overrides cp_config enable_expert_parallel "
+        "enable_attention_dp attention_dp_config gpus_per_node max_input_len enable_prefix_caching scheduler_config "
+        "async_scheduling cuda_graph_config torch_compile_config compilation_config logits_processors "
+        "batched_logits_processor speculative_config guided_decoding_backend structured_outputs_config enable_lora "
+        "lora_config peft_cache_config cache_transceiver_config kv_transfer_config orchestrator_type "
+        "distributed_executor_backend enable_iter_perf_stats return_perf_metrics generation_config",
+        verify=("structure", "off"),
+        load_format=("auto",),
+        tensor_parallel_size=(1,),
+        pipeline_parallel_size=(1,),
+        moe_expert_parallel_size=(1,),
+        tokenizer_mode=("auto",),
+        context_parallel_size=(1,),
+        decode_context_parallel_size=(1,),
+        prefill_context_parallel_size=(1,),
+        moe_tensor_parallel_size=(1,),
+        data_parallel_size=(1,),
+        max_beam_width=(1,),
+        cpu_offload_gb=(0,),
+        disable_overlap_scheduler=(True,),
+        enforce_eager=(True,),
+        attn_backend=("auto",),
+        attention_backend=("auto",),
+        sampler_type=("auto",),
+        stream_interval=(1,),
+        num_postprocess_workers=(0,),
+        disable_log_stats=(True,),
+    )
+    _ELSEWHERE = {
+        "block_size": "kv_cache_config={'page_size': ...}",
+        "tokens_per_block": "kv_cache_config={'page_size': ...}",
+        "kv_cache_dtype": "kv_cache_config={'dtype': ...}",
+        "kv_cache_memory_bytes": "kv_cache_config={'max_bytes': ...}",
+        "gpu_memory_utilization": "kv_cache_config={'free_memory_fraction': ...}, a share of what the weights leave free",
+    }
+
+    model: Any = Field(description="a checkpoint folder or a Hugging Face model in memory")
+    backend: Literal["autodeploy", "pytorch"] = Field(
+        default="autodeploy", description="the compiled engine, or the eager reference"
+    )
+    tokenizer: Any = Field(default=None, description="a folder or a tokenizer object; None takes the model's folder")
+    skip_tokenizer_init: bool = Field(default=False, description="whether to serve token ids only")
+    trust_remote_code: bool = Field(default=False, description="always False")
+    dtype: str = Field(default="auto", description="the element type of weights and activations; auto is that of the checkpoint")
+    device: str = Field(default="auto", description="auto, cpu, cuda or cuda:<index>")
+    load_format: Literal["auto", "dummy"] = Field(default="auto", description="where weights come from: auto is the checkpoint")
+    ignore_unexpected_weights: bool = Field(
+        default=False, description="whether tensors that the model does not use are passed over"
+    )
+    quantization: str | None = Field(default=None, description="the weight format to quantize to, or None")
+    tensor_parallel_size: int = Field(default=1, ge=1, description="the number of ranks that share each layer")
+    pipeline_parallel_size: int = Field(default=1, ge=1, description="the number of ranks that layers are divided over")
+    moe_expert_parallel_size: int | None = Field(
+        default=None, ge=1, description="the number of ranks that experts are divided over"
+    )
+    max_seq_len: int | None = Field(
+        default=None, ge=1, description="the most tokens of one request, prompt and output; None is the model's"
+    )
+    max_num_tokens: int = Field(default=2048, ge=1, description="the most tokens computed in one step")
+    max_batch_size: int = Field(
+        default_factory=lambda fields: min(32, fields["max_num_tokens"]),
+        ge=1,
+        description="the most requests running at once; 32, or max_num_tokens if that is less",
+    )
+    kv_cache_config: KVCacheConfig = Field(default=KVCacheConfig(), description="a KVCacheConfig or a dict of its options")
+    enable_chunked_prefill: bool = Field(default=True, description="whether a long prompt may be computed over several steps")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="the seed of draws of requests that bring none, in [0, 2**63)")
+    plugins: tuple[str, ...] = Field(default=(), description="the names of installed plugins to apply, in order")
+    pipeline: Any = Field(default=None, description="a Pipeline, or a function from Pipeline to Pipeline")
+    verify: Literal["off", "structure", "numeric"] = Field(
+        default="structure", description="what is checked after each graph pass"
+    )
+
+    @field_validator("dtype", mode="before")
+    @classmethod
+    def _bare_dtype(cls, value: object) -> str:
+        return _dtype_name(value)
+
+    @field_validator("device", mode="before")
+    @classmethod
+    def _known_device(cls, value: object) -> str:
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(value)):
+            raise ValueError("no such device")
+        return str(value)
+
+    @field_validator("plugins", mode="before")
+    @classmethod
+    def _as_tuple(cls, value: object) -> object:
+        return _as_tuple(value)
+
+    @field_validator("kv_cache_config", mode="before")
+    @classmethod
+    def _default_kv_cache(cls, value: object) -> object:
+        return KVCacheConfig() if value is None else value
+
+    @field_validator("trust_remote_code")
+    @classmethod
+    def _no_remote_code(cls, value: bool) -> bool:
+        if value:
+            raise ValueError("code from a model folder is never run; use a model whose code is part of transformers")
+        return value
+
+    @model_validator(mode="after")
+    def _one_token_each(self) -> Self:
+        if self.max_batch_size > self.max_num_tokens:
+            raise ValueError(
+                f"max_batch_size={self.max_batch_size} exceeds max_num_tokens={self.max_num_tokens}, but each running request "
+                "needs one token per step; raise max_num_tokens or lower max_batch_size"
+            )
+        return self

@@ -1,0 +1,1 @@
+"""The runtime: requests, scheduling, the paged KV cache and sampling."""

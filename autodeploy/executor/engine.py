@@ -1,0 +1,185 @@
+"""ADExecutor: the thread that owns the loop. Everyone else only sends it requests and aborts."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autodeploy.errors import EngineDeadError, ExecutionError, RequestError
+from autodeploy.executor.batch import BatchBuilder, WantedRows
+from autodeploy.executor.model_runner import Runner
+from autodeploy.executor.outputs import RequestHandle
+from autodeploy.executor.request import FinishReason, Request
+from autodeploy.executor.sampler import Sampler
+from autodeploy.executor.scheduler import ScheduledBatch, Scheduler
+
+
+class ADExecutor:
+    """Continuous batching: each step computes some tokens of many requests.
+
+    Only the loop's thread touches scheduler, runner and sampler. Others append a command to a queue and wake it.
+    """
+
+    def __init__(self, runner: Runner, scheduler: Scheduler, batches: BatchBuilder, sampler: Sampler) -> None:
+        self.runner, self.scheduler, self.batches, self.sampler = runner, scheduler, batches, sampler
+        self.num_steps = self.num_preemptions = 0
+        self._handles: dict[int, RequestHandle] = {}
+        self._context_logits: dict[int, list[Tensor]] = {}
+        self._commands: deque[Callable[[], None]] = deque()
+        self._wakeup = threading.Condition()
+        self._closing = False
+        self._death: BaseException | None = None
+        self._thread = threading.Thread(target=self._loop, name="ad-executor", daemon=True)
+        self._thread.start()
+
+    # Called from any thread
+
+    def submit(self, handle: RequestHandle) -> None:
+        """Queue a request. One that the scheduler refuses ends with its RequestError. Raises EngineDeadError after the end."""
+        self._send(lambda: self._add(handle))
+
+    def abort(self, request_id: int) -> None:
+        """End a request; nothing happens when it is unknown or has ended."""
+        if self._thread.is_alive():
+            self._send(lambda: self._abort(request_id))
+
+    def shutdown(self) -> None:
+        """End the loop; requests under way end with finish_reason abort. No harm when called again."""
+        with self._wakeup:
+            self._closing = True
+            self._wakeup.notify_all()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def _send(self, command: Callable[[], None]) -> None:
+        with self._wakeup:
+            if self._closing or self._death is not None:
+                raise EngineDeadError("the engine has ended; make a new LLM to go on") from self._death
+            self._commands.append(command)
+            self._wakeup.notify_all()
+
+    # Called from the loop's thread
+
+    def _loop(self) -> None:
+        try:
+            while self._wait_for_work():
+                while self._commands:
+                    self._commands.popleft()()
+                if self.scheduler.has_work:
+                    self.step()
+        except BaseException as error:  # a defect of ours: nobody may be left waiting
+            self._death = error
+        finally:
+            self._end_all()
+
+    def _wait_for_work(self) -> bool:
+        with self._wakeup:
+            self._wakeup.wait_for(lambda: self._closing or self._commands or self.scheduler.has_work)
+            return not self._closing
+
+    def step(self) -> None:
+        """schedule -> forward -> sample -> finish."""
+        batch = self.scheduler.schedule()
+        self.num_steps += 1
+        self.num_preemptions += len(batch.preempted)
+        metadata, rows = self.batches.build(batch)
+        try:
+            logits = self.runner.forward(metadata, rows)
+        except Exception as error:
+            self._isolate(batch, error)
+            return
+        self._finish_step(batch, rows, logits)
+
+    def _finish_step(self, batch: ScheduledBatch, rows: list[WantedRows], logits: Tensor) -> None:
+        self.scheduler.finish_step(batch)
+        self._keep_context_logits(rows, logits)
+        sampled = [row for row in rows if row.entry.samples]
+        if not sampled:
+            return
+        if len(sampled) < len(logits):
+            logits = logits[[row.stop - 1 for row in sampled]]
+        requests = [row.entry.request for row in sampled]
+        for request, token in zip(requests, self.sampler(logits, requests), strict=True):
+            self._take(request, token)
+
+    def _take(self, request: Request, token: int | ExecutionError) -> None:
+        """One sampled token, or what went wrong instead."""
+        if isinstance(token, ExecutionError):
+            self._finish(request, FinishReason.ERROR, token)
+            return
+        request.append(token)
+        if request.finish_reason is not None:
+            self._finish(request, request.finish_reason)
+        elif (handle := self._handles[request.request_id]).streaming:
+            handle.publish()
+
+    def _isolate(self, batch: ScheduledBatch, error: Exception) -> None:
+        """A forward raised: run its requests one by one, and end only those that fail alone."""
+        for entry in batch.requests:
+            alone = ScheduledBatch([entry])
+            metadata, rows = self.batches.build(alone)
+            try:
+                if len(batch.requests) == 1:
+                    raise error
+                logits = self.runner.forward(metadata, rows)
+            except Exception as cause:
+                failed = ExecutionError(f"request {entry.request.request_id}: its forward failed: {type(cause).__name__}: {cause}")
+                failed.__cause__ = cause
+                self._finish(entry.request, FinishReason.ERROR, failed)
+            else:
+                self._finish_step(alone, rows, logits)
+
+    def _keep_context_logits(self, rows: list[WantedRows], logits: Tensor) -> None:
+        for row in rows:
+            request = row.entry.request
+            if request.return_context_logits:
+                if row.entry.start == 0:  # the first time, or anew after a preemption
+                    self._context_logits[request.request_id] = []
+                self._context_logits[request.request_id].append(logits[row.start : row.stop].clone())
+
+    def _add(self, handle: RequestHandle) -> None:
+        request = handle.request
+        self._handles[request.request_id] = handle
+        try:
+            _refuse_unknown_tokens(request, self.sampler.vocab_size)
+            self.scheduler.add(request)
+        except RequestError as error:
+            self._finish(request, FinishReason.ERROR, error)
+
+    def _abort(self, request_id: int) -> None:
+        if (handle := self._handles.get(request_id)) is not None:
+            self._finish(handle.request, FinishReason.ABORT)
+
+    def _finish(self, request: Request, reason: FinishReason, error: Exception | None = None) -> None:
+        """Take back all that a request holds and hand over its final output."""
+        self.scheduler.finish(request, reason, error=error)
+        self.runner.forget(request)
+        self.sampler.forget(request)
+        logits = self._context_logits.pop(request.request_id, None)
+        if (handle := self._handles.pop(request.request_id, None)) is not None:
+            handle.publish(None if logits is None else torch.cat(logits))
+
+    def _end_all(self) -> None:
+        """No handle waits for ever: requests under way and those still in the queue end now."""
+        with self._wakeup:
+            self._closing = True
+            while self._commands:
+                self._commands.popleft()()
+        error: Any = None
+        if self._death is not None:
+            error = EngineDeadError(f"the engine died: {type(self._death).__name__}: {self._death}")
+            error.__cause__ = self._death
+        for handle in list(self._handles.values()):
+            self._finish(handle.request, FinishReason.ABORT if error is None else FinishReason.ERROR, error)
+
+
+def _refuse_unknown_tokens(request: Request, vocab_size: int) -> None:
+    ids = request.prompt_token_ids
+    if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
+        at, bad = next((i, token) for i, token in enumerate(ids) if not 0 <= token < vocab_size)
+        raise RequestError(f"Token {at} of the prompt is {bad}, but ids go from 0 to {vocab_size - 1}. Use the model's own tokenizer.")

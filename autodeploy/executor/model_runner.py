@@ -1,0 +1,87 @@
+"""Runs a program: real weights, real caches, one forward per step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, fx, nn
+
+from autodeploy.executor.batch import WantedRows
+from autodeploy.executor.request import Request
+from autodeploy.program import Program
+from autodeploy.specs import BatchMetadata
+from autodeploy.weights import TensorSource, materialize
+
+
+class Runner(Protocol):
+    """What the engine needs of a model: the wanted logits of one step, [N, V]."""
+
+    def forward(self, batch: BatchMetadata, rows: list[WantedRows]) -> Tensor: ...
+
+    def forget(self, request: Request) -> None: ...
+
+
+class ModelRunner:
+    """A lowered program with its weights; `allocate` gives it its KV pool."""
+
+    def __init__(
+        self, program: Program, source: TensorSource, device: str, on_parameter: Callable[[str], None] = lambda name: None
+    ) -> None:
+        self.program, self.device = program, device
+        tensors: dict[str, Tensor] = {}
+        for name, tensor in materialize(program.weights, source, device):
+            tensors[name] = tensor
+            on_parameter(name)
+        self.weight_bytes = sum(tensor.nbytes for tensor in tensors.values())
+        self.module = _executable(program, tensors)
+        self.caches: list[Tensor] = []
+
+    def allocate(self, num_pages: int, page_size: int) -> None:
+        """The KV pool. Its memory becomes resident as pages are first written."""
+        self.caches = [
+            torch.empty(spec.shape(num_pages, page_size), dtype=getattr(torch, spec.dtype), device=self.device)
+            for spec in self.program.caches.values()
+        ]
+
+    @torch.inference_mode()
+    def forward(self, batch: BatchMetadata, rows: list[WantedRows]) -> Tensor:
+        inputs = [torch.from_numpy(batch[name]).to(self.device) for name in self.program.inputs]
+        return self.module(*inputs, *self.caches)[0]
+
+    def forget(self, request: Request) -> None:
+        """Nothing is kept per request: its pages are the KV manager's."""
+
+
+def _executable(program: Program, tensors: dict[str, Tensor]) -> nn.Module:
+    """The program's graph over real tensors; the program keeps its own."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(program.graph.graph, {}))
+    return fx.GraphModule(dict[str, Any](tensors), graph)
+
+
+class EagerRunner:
+    """`backend="pytorch"`: the Hugging Face model itself, one request after the other, each with Hugging Face's own cache."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self._caches: dict[int, Any] = {}
+
+    @torch.inference_mode()
+    def forward(self, batch: BatchMetadata, rows: list[WantedRows]) -> Tensor:
+        """The wanted logits; a request that starts at its first token starts with a new cache."""
+        logits = []
+        for row in rows:
+            entry = row.entry
+            request = entry.request
+            past = self._caches.pop(request.request_id, None) if entry.start else None
+            ids = torch.tensor([request.token_ids(entry.start, entry.stop)], device=self.model.device)
+            positions = torch.arange(entry.start, entry.stop, device=self.model.device)[None]
+            output = self.model(input_ids=ids, position_ids=positions, past_key_values=past, use_cache=True)
+            self._caches[request.request_id] = output.past_key_values
+            logits.append(output.logits[0, -(row.stop - row.start) :])
+        return torch.cat(logits)
+
+    def forget(self, request: Request) -> None:
+        self._caches.pop(request.request_id, None)

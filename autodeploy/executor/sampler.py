@@ -1,0 +1,142 @@
+"""The next token of each request, from the logits of its newest one."""
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor
+
+from autodeploy.config import SamplingParams
+from autodeploy.errors import ExecutionError
+from autodeploy.executor.request import Request
+
+
+class _History:
+    """Which tokens one request has seen, kept up to date by its new output only."""
+
+    def __init__(self, prompt_token_ids: list[int], vocab_size: int, device: torch.device) -> None:
+        self.seen = torch.zeros(vocab_size, dtype=torch.bool, device=device)  # in prompt or output
+        self.counts = torch.zeros(vocab_size, device=device)  # how often in the output
+        self._num_counted = 0
+        self.seen[torch.tensor(prompt_token_ids, device=device)] = True
+
+    def update(self, output_token_ids: list[int]) -> None:
+        new = torch.tensor(output_token_ids[self._num_counted :], dtype=torch.long, device=self.seen.device)
+        self.seen[new] = True
+        self.counts.index_add_(0, new, torch.ones(len(new), device=new.device))
+        self._num_counted = len(output_token_ids)
+
+
+class Sampler:
+    """Chooses tokens as each request's `SamplingParams` say.
+
+    What a request draws depends on its own logits, parameters and seed alone, not on the batch it is in: every request has a
+    generator of its own, on the CPU, which gives one number per token. `vocab_size` is the number of token ids; further
+    columns of the logits are padding. `seed` is for requests that bring none: they draw from it and their id.
+    """
+
+    def __init__(self, vocab_size: int, seed: int = 0) -> None:
+        self.vocab_size = vocab_size
+        self.seed = seed
+        self._generators: dict[int, torch.Generator] = {}
+        self._histories: dict[int, _History] = {}
+
+    def __call__(self, logits: Tensor, requests: list[Request]) -> list[int | ExecutionError]:
+        """One token per row of `logits` [num_requests, vocab], of any float dtype; an error for a row that is not finite."""
+        logits = logits[:, : self.vocab_size]
+        highest, tokens = logits.max(dim=-1)
+        result: list[int | ExecutionError] = tokens.tolist()
+        is_finite = highest.isfinite()
+        if not is_finite.all():
+            for row in (~is_finite).nonzero().flatten().tolist():
+                result[row] = _not_finite(requests[row], highest[row].item())
+        for row, request in enumerate(requests):
+            if not request.sampling_params.is_plain_argmax and not isinstance(result[row], ExecutionError):
+                result[row] = self._sample(logits[row].float(), request)
+        return result
+
+    def forget(self, request: Request) -> None:
+        """Drop what is remembered of a request that has ended; no harm when there is nothing."""
+        self._generators.pop(request.request_id, None)
+        self._histories.pop(request.request_id, None)
+
+    def _sample(self, scores: Tensor, request: Request) -> int | ExecutionError:
+        """A token from one row of logits [vocab] float32."""
+        params = request.sampling_params
+        if params.has_penalties:
+            scores = self._penalised(scores, request)
+        if not request.may_stop:
+            banned = [token for token in request.stop_ids if token < self.vocab_size]
+            scores = scores.index_fill(0, torch.tensor(banned, dtype=torch.long, device=scores.device), -math.inf)
+        highest, best = scores.max(dim=-1)
+        if not highest.isfinite():
+            return _not_finite(request, highest.item())
+        if params.greedy:
+            return int(best)
+        tokens, probabilities = distribution(scores, params)
+        return int(tokens[_draw(probabilities, self._uniform(request))])
+
+    def _penalised(self, scores: Tensor, request: Request) -> Tensor:
+        """Scores less the penalties for tokens seen: repetition over prompt and output, the others over the output."""
+        history = self._histories.get(request.request_id)
+        if history is None:
+            history = _History(request.prompt_token_ids, self.vocab_size, scores.device)
+            self._histories[request.request_id] = history
+        history.update(request.output_token_ids)
+        params = request.sampling_params
+        factor = params.repetition_penalty
+        scores = torch.where(history.seen, torch.where(scores < 0, scores * factor, scores / factor), scores)
+        return scores - params.frequency_penalty * history.counts - params.presence_penalty * (history.counts > 0)
+
+    def _uniform(self, request: Request) -> float:
+        """The request's next number in [0, 1)."""
+        generator = self._generators.get(request.request_id)
+        if generator is None:
+            seed = request.sampling_params.seed
+            generator = torch.Generator().manual_seed(self._derived_seed(request) if seed is None else seed)
+            self._generators[request.request_id] = generator
+        return torch.rand((), generator=generator, dtype=torch.float64).item()
+
+    def _derived_seed(self, request: Request) -> int:
+        digest = hashlib.blake2b(f"{self.seed}/{request.request_id}".encode(), digest_size=7).digest()
+        return int.from_bytes(digest)
+
+
+def distribution(scores: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
+    """Token ids [kept] and their probabilities [kept] float32 after temperature, top_k, top_p and min_p, in this order.
+
+    `scores` is [vocab] float32 with a finite maximum. All tokens that tie with the last of the top k are kept.
+    """
+    temperature = 1.0 if params.temperature is None else params.temperature
+    scores = (scores - scores.max()) / temperature
+    tokens = torch.arange(len(scores), device=scores.device)
+    if params.top_k is not None and 0 < params.top_k < len(scores):
+        tokens = (scores >= scores.topk(params.top_k).values[-1]).nonzero().flatten()
+        scores = scores[tokens]
+    probabilities = scores.softmax(dim=-1)
+    if params.top_p is not None and params.top_p < 1.0:
+        likely = probabilities >= (1.0 - params.top_p) / len(probabilities)  # all others together weigh less than 1 - top_p
+        tokens, probabilities = tokens[likely], probabilities[likely]
+        probabilities, order = probabilities.sort(descending=True, stable=True)
+        mass_before = probabilities.cumsum(dim=-1) - probabilities
+        num_kept = int((mass_before < params.top_p).sum())
+        tokens, probabilities = tokens[order[:num_kept]], probabilities[:num_kept]
+    if params.min_p:
+        is_kept = probabilities >= params.min_p * probabilities.max()
+        tokens, probabilities = tokens[is_kept], probabilities[is_kept]
+    return tokens, probabilities / probabilities.sum()
+
+
+def _draw(probabilities: Tensor, uniform: float) -> int:
+    """Index of the interval of the running sum of `probabilities` that holds `uniform`, a number in [0, 1)."""
+    bounds = probabilities.double().cumsum(dim=-1)
+    total = float(bounds[-1])
+    target = min(uniform * total, math.nextafter(total, 0.0))  # the product may round up to the total
+    return int(torch.searchsorted(bounds, target, right=True))
+
+
+def _not_finite(request: Request, highest: float) -> ExecutionError:
+    return ExecutionError(
+        f"Request {request.request_id}: the largest logit after {request.num_tokens} tokens is {highest}, not a finite number. "
+        "The weights or the element type overflow; try dtype='float32'."
+    )

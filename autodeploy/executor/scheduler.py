@@ -1,0 +1,241 @@
+"""Which requests run, and how many tokens of each the next step computes.
+
+Two questions, two classes. `CapacityScheduler`: which requests hold a slot and pages. `MicroBatchScheduler`: how the tokens
+of one step are divided among them. `Scheduler` is the door: it refuses what can never run and keeps the books.
+"""
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+from autodeploy.errors import RequestError
+from autodeploy.executor.kv_cache import KVCacheManager
+from autodeploy.executor.request import FinishReason, Request, RequestStatus
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledRequest:
+    """Tokens [start, stop) of one request, to be computed in one step."""
+
+    request: Request
+    num_tokens: int
+    start: int = field(init=False)
+    samples: bool = field(init=False)
+    """Whether these reach the newest token, so that the step yields the next one."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "start", self.request.num_computed_tokens)
+        object.__setattr__(self, "samples", self.stop == self.request.num_tokens)
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.num_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledBatch:
+    """What one step computes, decodes first, and which requests lost their pages to make room."""
+
+    requests: list[ScheduledRequest]
+    preempted: list[Request] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(entry.num_tokens for entry in self.requests)
+
+    @property
+    def empty(self) -> bool:
+        return not self.requests
+
+
+class CapacityScheduler:
+    """Gives slots and pages to requests: first come, first served, and the oldest always goes on.
+
+    A waiting request starts when a slot is free and the pool has pages for all its tokens known so far. A running request
+    that needs a page and finds none takes those of the request that started last, which is computed again later.
+    """
+
+    def __init__(self, kv: KVCacheManager, max_batch_size: int, rope_thresholds: tuple[int, ...] = ()) -> None:
+        self.kv = kv
+        self.max_batch_size = max_batch_size
+        self.rope_thresholds = rope_thresholds
+        self.waiting: OrderedDict[int, Request] = OrderedDict()
+        self.running: OrderedDict[int, Request] = OrderedDict()  # in the order in which they started
+
+    def schedule(self) -> list[Request]:
+        """Secure room for all known tokens of the running requests and start waiting ones. Returns who was preempted."""
+        preempted: list[Request] = []
+        for request in list(self.running.values()):
+            if request.request_id not in self.running:
+                break  # preempted for an older one, as are all that follow
+            self._grow(request, preempted)
+        if not preempted:  # else what was just freed would be taken back at once
+            self._admit()
+        return preempted
+
+    def _grow(self, request: Request, preempted: list[Request]) -> None:
+        self._restart_rope_if_crossed(request)
+        while request.request_id in self.running and not self.kv.prepare(request, request.num_uncomputed):
+            preempted.append(self._preempt_last())
+
+    def _admit(self) -> None:
+        while self.waiting and len(self.running) < self.max_batch_size:
+            request = next(iter(self.waiting.values()))
+            self._restart_rope_if_crossed(request)
+            if not self.kv.prepare(request, request.num_uncomputed):
+                return
+            del self.waiting[request.request_id]
+            self.running[request.request_id] = request
+            request.status = RequestStatus.RUNNING
+
+    def _preempt_last(self) -> Request:
+        """Put the request that started last back to the front of the queue, to be computed again."""
+        request_id, request = self.running.popitem()
+        self.kv.free(request)
+        request.num_computed_tokens = 0
+        request.num_preemptions += 1
+        request.status = RequestStatus.WAITING
+        self.waiting[request_id] = request
+        self.waiting.move_to_end(request_id, last=False)
+        return request
+
+    def _restart_rope_if_crossed(self, request: Request) -> None:
+        """Have the request computed anew, in the pages it has, when its length first exceeds a rope threshold."""
+        if any(request.rope_base <= threshold < request.num_tokens for threshold in self.rope_thresholds):
+            request.restart_rope()
+
+
+class MicroBatchScheduler:
+    """Divides the tokens of one step: one for each decode, then prefills in order with what is left.
+
+    Without chunked prefill a prompt is computed whole or waits; one that exceeds `max_num_tokens` gets a step of its own.
+    """
+
+    def __init__(self, max_num_tokens: int, enable_chunked_prefill: bool = True) -> None:
+        self.max_num_tokens = max_num_tokens
+        self.enable_chunked_prefill = enable_chunked_prefill
+
+    def schedule(self, running: list[Request]) -> list[ScheduledRequest]:
+        """Entries of the next step, decodes first."""
+        prefills = [request for request in running if request.is_prefill]
+        if prefills and not self.enable_chunked_prefill and prefills[0].num_uncomputed > self.max_num_tokens:
+            return [ScheduledRequest(prefills[0], prefills[0].num_uncomputed)]
+        entries = [ScheduledRequest(request, 1) for request in running if not request.is_prefill]
+        budget = self.max_num_tokens - len(entries)
+        for request in prefills:
+            num_tokens = min(request.num_uncomputed, budget)
+            if num_tokens == 0 or (num_tokens < request.num_uncomputed and not self.enable_chunked_prefill):
+                break
+            entries.append(ScheduledRequest(request, num_tokens))
+            budget -= num_tokens
+        return entries
+
+
+class Scheduler:
+    """Keeps every unfinished request, from `add` to `finish` or `abort`. The cost of a step does not depend on those gone.
+
+    One step is `schedule()`, the forward pass, `finish_step(batch)`, then `finish` for each request that ended.
+    """
+
+    def __init__(
+        self,
+        kv: KVCacheManager,
+        max_batch_size: int,
+        max_num_tokens: int,
+        max_seq_len: int,
+        enable_chunked_prefill: bool = True,
+        rope_thresholds: tuple[int, ...] = (),
+    ) -> None:
+        assert 1 <= max_batch_size <= max_num_tokens, (max_batch_size, max_num_tokens)
+        self.kv = kv
+        self.max_seq_len = max_seq_len
+        self._capacity = CapacityScheduler(kv, max_batch_size, rope_thresholds)
+        self._micro_batch = MicroBatchScheduler(max_num_tokens, enable_chunked_prefill)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._capacity.waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._capacity.running)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._capacity.waiting or self._capacity.running)
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Raises `RequestError` for one that can never be served."""
+        assert self._find(request.request_id) is None, f"request {request.request_id} is here already"
+        self._refuse_impossible(request)
+        self._capacity.waiting[request.request_id] = request
+
+    def schedule(self) -> ScheduledBatch:
+        """Choose the next step. The batch is empty only when no request is left."""
+        preempted = self._capacity.schedule()
+        entries = self._micro_batch.schedule(list(self._capacity.running.values()))
+        return ScheduledBatch(entries, preempted)
+
+    def finish_step(self, batch: ScheduledBatch) -> None:
+        """Record that the forward pass of `batch` succeeded; requests that ended meanwhile are passed over."""
+        for entry in batch.requests:
+            if entry.request.status is RequestStatus.RUNNING:
+                entry.request.num_computed_tokens = entry.stop
+                self.kv.update(entry.request)
+
+    def finish(
+        self,
+        request: Request,
+        reason: FinishReason,
+        stop_reason: int | str | None = None,
+        error: Exception | None = None,
+    ) -> None:
+        """End a request, unless a stop rule has done so, and take back what it holds. No harm when called twice."""
+        request.finish(reason, stop_reason, error)
+        self._capacity.running.pop(request.request_id, None)
+        self._capacity.waiting.pop(request.request_id, None)
+        self.kv.free(request)
+
+    def abort(self, request_id: int) -> bool:
+        """End a request at the caller's wish; False when there is none of this id (any more)."""
+        request = self._find(request_id)
+        if request is None:
+            return False
+        self.finish(request, FinishReason.ABORT)
+        return True
+
+    def check(self) -> None:
+        """Audit slots, states and pages. Raises AssertionError with the numbers."""
+        waiting, running = self._capacity.waiting, self._capacity.running
+        assert not waiting.keys() & running.keys(), f"requests {waiting.keys() & running.keys()} wait and run"
+        assert len(running) <= self._capacity.max_batch_size, f"{len(running)} run, {self._capacity.max_batch_size} may"
+        assert all(request.status is RequestStatus.WAITING and request.num_computed_tokens == 0 for request in waiting.values())
+        assert all(request.status is RequestStatus.RUNNING for request in running.values())
+        for request in waiting.values():
+            assert not self.kv.page_table(request.request_id), f"waiting request {request.request_id} holds pages"
+        for request in running.values():
+            num_slots = len(self.kv.page_table(request.request_id)) * self.kv.page_size
+            assert num_slots >= request.num_computed_tokens, f"{request.num_computed_tokens} tokens in {num_slots} slots"
+        num_held = sum(len(self.kv.page_table(request_id)) for request_id in running)
+        num_owned = self.kv.num_usable_pages - self.kv.num_free_pages
+        assert num_held == num_owned, f"running requests hold {num_held} pages, but {num_owned} are taken"
+        self.kv.check()
+
+    def _find(self, request_id: int) -> Request | None:
+        return self._capacity.running.get(request_id) or self._capacity.waiting.get(request_id)
+
+    def _refuse_impossible(self, request: Request) -> None:
+        num_prompt, num_new = request.num_prompt_tokens, request.max_new_tokens
+        if num_prompt == 0:
+            raise RequestError("The prompt is empty. Give at least one token.")
+        if num_prompt + num_new > self.max_seq_len:
+            raise RequestError(
+                f"The prompt has {num_prompt} tokens and up to {num_new} are to be generated, but max_seq_len is "
+                f"{self.max_seq_len}. Shorten the prompt, lower max_tokens or raise max_seq_len."
+            )
+        num_cached = num_prompt + max(num_new - 1, 0)  # the last token generated is never computed
+        if not self.kv.fits(num_cached):
+            raise RequestError(
+                f"The request needs KV pages for {num_cached} tokens ({num_prompt} of the prompt), but the whole pool holds "
+                f"{self.kv.num_usable_pages * self.kv.page_size}. Shorten the prompt, lower max_tokens or enlarge the pool "
+                "with kv_cache_config."
+            )

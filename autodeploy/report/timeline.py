@@ -1,0 +1,36 @@
+"""Where start-up time goes: named phases with seconds, and a progress bar while they run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+
+class Timeline:
+    """Phases in the order in which they ran. show: draw progress on stderr; None draws when stderr is a terminal."""
+
+    def __init__(self, show: bool | None = None) -> None:
+        self.seconds: dict[str, float] = {}
+        console = Console(stderr=True)
+        columns = (TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        self._progress = Progress(*columns, console=console, disable=not (console.is_terminal if show is None else show))
+
+    @contextmanager
+    def phase(self, name: str, total: int = 1) -> Iterator[Callable[..., None]]:
+        """Time one phase; the value is a function to call at each of its `total` steps."""
+        started = time.perf_counter()
+        self._progress.start()
+        task = self._progress.add_task(name, total=total)
+        try:
+            yield lambda *_: self._progress.advance(task)
+            self._progress.update(task, completed=total)
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+            self._progress.stop()
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {seconds:.2f} s" for name, seconds in self.seconds.items())

@@ -1,0 +1,35 @@
+"""The compiler, read top to bottom."""
+
+from __future__ import annotations
+
+from autodeploy.specs import Target
+from autodeploy.transforms.cleanup import Cleanup
+from autodeploy.transforms.fuse_linears import FuseLinears
+from autodeploy.transforms.gather_logits import GatherLogits
+from autodeploy.transforms.insert_paged_attention import InsertPagedAttention
+from autodeploy.transforms.match_mlp import MatchMLP
+from autodeploy.transforms.match_norm import MatchNorm
+from autodeploy.transforms.match_rope import MatchRope
+from autodeploy.transforms.pipeline import Pipeline
+from autodeploy.transforms.prove_packing import ProvePacking
+from autodeploy.transforms.select_kernels import SelectKernels
+
+
+def default_pipeline(target: Target | None = None) -> Pipeline:
+    """All passes, in order. target: what to compile for; None is this machine."""
+    return Pipeline(
+        (
+            # exported -> canonical: what the model says, in semantic ops
+            Cleanup(),
+            ProvePacking(),
+            MatchNorm(),
+            MatchRope(),
+            MatchMLP(),
+            # canonical: fewer, larger ops
+            FuseLinears(),
+            # canonical -> lowered: caches, the rows that are sampled, kernels
+            InsertPagedAttention(),
+            GatherLogits(),
+            SelectKernels(),
+        )
+    )

@@ -1,0 +1,263 @@
+"""prove_packing: tokens of several requests may share one row, because nothing but attention mixes tokens.
+
+The graph was traced for one sequence of T tokens and will be run on T tokens of many requests. This walk shows that it is right
+to do so: every node either does not depend on T, or has exactly one dim that counts tokens and handles each of them by itself.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, NoReturn
+
+import sympy
+import torch
+from torch import fx
+
+from autodeploy import custom_ops as ops
+from autodeploy.errors import UnsupportedModelError
+from autodeploy.program import Program, op_name
+from autodeploy.specs import Target
+from autodeploy.transforms.base import Transform
+from autodeploy.transforms.rewrite import aten, calls, insert_call, val
+
+Check = Callable[["Walk", fx.Node], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProvePacking(Transform):
+    """Rewrite counting along the row to `position_ids`; refuse everything else that mixes tokens outside attention.
+
+    before:  i = arange(T)
+    after:   i = select(position_ids, 0, 0)
+    """
+
+    name: ClassVar[str] = "prove_packing"
+
+    def apply(self, program: Program, target: Target) -> int:
+        rewrites = _rewrite_counting(program)
+        walk = Walk.over(program)
+        for node in program.graph.graph.nodes:
+            if node.op == "call_function" and node.users:
+                walk.check(node)
+        return rewrites
+
+
+def _rewrite_counting(program: Program) -> int:
+    """arange over T, and cumsum of ones over T, are positions of one request alone."""
+    tokens, rewrites = Walk.over(program), 0
+    positions = next(node for node in program.graph.graph.nodes if node.name == "position_ids")
+    for node in calls(program, aten.arange.default, aten.arange.start, aten.arange.start_step, aten.cumsum.default):
+        if not node.users or (offset := _counts_from(tokens, node)) is None:
+            continue
+        counted = insert_call(program, node, aten.select.int, positions, 0, 0) if val(node).dim() == 1 else positions
+        if offset:
+            counted = insert_call(program, node, aten.add.Tensor, counted, offset)
+        if val(node).dtype != val(counted).dtype:
+            counted = insert_call(program, node, aten.to.dtype, counted, val(node).dtype)
+        node.replace_all_uses_with(counted)
+        rewrites += 1
+    return rewrites
+
+
+def _counts_from(walk: Walk, node: fx.Node) -> int | None:
+    """First number of a call that counts tokens in steps of one; None for any other."""
+    value = val(node)
+    if walk.token_dim(node, value) != value.dim() - 1 or value.shape[-1] != walk.num_tokens or value.shape[:-1].numel() != 1:
+        return None
+    if node.target is aten.cumsum.default:
+        source = node.args[0]
+        is_ones = isinstance(source, fx.Node) and (
+            source.target in (aten.ones.default, aten.ones_like.default)
+            or (source.target is aten.full.default and source.args[1] == 1)
+        )
+        return 1 if is_ones and node.args[1] in (-1, value.dim() - 1) else None
+    if node.target is aten.arange.default:
+        return 0
+    start, *step = node.args[0], *node.args[2:3]
+    return start if isinstance(start, int) and step in ([], [1]) else None
+
+
+@dataclass
+class Walk:
+    """The symbol T and what is known about a value's dims."""
+
+    num_tokens: Any
+    symbol: Any
+
+    @classmethod
+    def over(cls, program: Program) -> Walk:
+        size = next(iter(program.graph.graph.nodes)).meta["val"].shape[1]
+        return cls(size, size.node.expr)
+
+    def check(self, node: fx.Node) -> None:
+        values = [val(arg) for arg in node.all_input_nodes]
+        if not any(self.depends(value) for value in (*values, val(node))):
+            return
+        rule = RULES.get(node.target)
+        if rule is None and isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags:
+            rule = _pointwise
+        if rule is None:
+            refuse(node, f"{op_name(node.target)} is not known to handle each token by itself")
+        for value in (*values, val(node)):
+            self.token_dim(node, value)
+        rule(self, node)
+
+    def depends(self, value: Any) -> bool:
+        if isinstance(value, torch.Tensor):
+            return any(self.depends(size) for size in value.shape)
+        if isinstance(value, list | tuple):
+            return any(self.depends(item) for item in value)
+        return isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool)
+
+    def token_dim(self, node: fx.Node, value: Any) -> int | None:
+        """The dim that counts tokens, as c * T; refuses two of them, and groups of tokens."""
+        if isinstance(value, list | tuple):
+            dims = {self.token_dim(node, item) for item in value}
+            return dims.pop() if len(dims) == 1 else None
+        if not isinstance(value, torch.Tensor):
+            return None
+        dims = [i for i, size in enumerate(value.shape) if self.depends(size)]
+        if len(dims) > 1:
+            refuse(node, "it pairs every token with every other one")
+        if dims and not self.coefficient(value, dims[0]):
+            refuse(node, f"it cuts the row of tokens into groups ({value.shape[dims[0]]})")
+        return dims[0] if dims else None
+
+    def coefficient(self, value: torch.Tensor, dim: int) -> int:
+        """c of a dim of size c * T; 0 when it has another form."""
+        ratio = sympy.sympify(value.shape[dim].node.expr) / self.symbol
+        return int(ratio) if ratio.is_Integer else 0
+
+    def row_stride(self, value: torch.Tensor, dim: int) -> int:
+        """Elements from one token to the next in row-major order (T is the outer part of a merged dim)."""
+        inner = 1
+        for size in value.shape[dim + 1 :]:
+            inner *= size
+        return inner * self.coefficient(value, dim)
+
+    def forbid(self, node: fx.Node, source: Any, dims: Any, doing: str) -> None:
+        """Refuse when one of `dims` of `source` counts tokens."""
+        value = val(source)
+        token_dim = self.token_dim(node, value)
+        rank = value.dim()
+        listed = range(rank) if dims is None or dims == [] else (dims if isinstance(dims, list | tuple) else [dims])
+        if token_dim is not None and token_dim in {dim % max(rank, 1) for dim in listed}:
+            refuse(node, f"{op_name(node.target)} {doing} along the row of tokens")
+
+
+def refuse(node: fx.Node, reason: str) -> NoReturn:
+    """Requests packed in one row would leak into each other here."""
+    stack = node.meta.get("nn_module_stack") or {}
+    path = list(stack.values())[-1][0].removeprefix("model.") if stack else ""
+    lines = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
+    source = f"{lines[-1][0].rpartition('site-packages/')[2]}:{lines[-1][1]}" if lines else ""
+    raise UnsupportedModelError(f"{reason}, so requests packed in one row would mix", module_path=path, source=source)
+
+
+def _argument(node: fx.Node, name: str) -> Any:
+    """An argument by its name in the op's schema, with the schema's default."""
+    for i, argument in enumerate(node.target._schema.arguments):  # pyright: ignore
+        if argument.name == name:
+            return node.args[i] if i < len(node.args) else node.kwargs.get(name, argument.default_value)
+    raise KeyError(name)
+
+
+def _allowed(walk: Walk, node: fx.Node) -> None:
+    """Keeps tokens apart whatever its arguments."""
+
+
+def _pointwise(walk: Walk, node: fx.Node) -> None:
+    for arg in node.all_input_nodes:
+        if not isinstance(val(arg), torch.Tensor) and walk.depends(val(arg)):
+            refuse(node, "it computes with the number of tokens in the row")
+
+
+def _reduces(walk: Walk, node: fx.Node) -> None:
+    names = {argument.name for argument in node.target._schema.arguments}  # pyright: ignore
+    walk.forbid(node, node.args[0], _argument(node, "dim") if "dim" in names else None, "reduces or scans")
+
+
+def _normalizes_last(walk: Walk, node: fx.Node) -> None:
+    walk.forbid(node, node.args[0], list(range(-len(node.args[1]), 0)), "reduces")  # pyright: ignore
+
+
+def _takes_part(walk: Walk, node: fx.Node) -> None:
+    if node.target is aten.slice.Tensor and str(val(node).shape) == str(val(node.args[0]).shape):
+        return  # all of it
+    walk.forbid(node, node.args[0], _argument(node, "dim"), "takes part of what lies")
+
+
+def _joins(walk: Walk, node: fx.Node) -> None:
+    dim, rank = _argument(node, "dim"), val(node).dim()
+    for source in node.args[0]:  # pyright: ignore
+        if node.target is aten.cat.default:
+            walk.forbid(node, source, dim % rank, "joins")
+
+
+def _indexes(walk: Walk, node: fx.Node) -> None:
+    """x[i, j, ...]: looking up a table by tokens is fine, picking tokens is not."""
+    indexed = [dim for dim, index in enumerate(node.args[1]) if index is not None]  # pyright: ignore
+    walk.forbid(node, node.args[0], indexed or [0], "picks")
+
+
+def _multiplies(walk: Walk, node: fx.Node) -> None:
+    a, b = node.args[-2:] if node.target is aten.addmm.default else node.args[:2]
+    walk.forbid(node, a, -1, "sums")
+    second = val(b)
+    walk.forbid(node, b, -1 if node.target is aten.linear.default or second.dim() == 1 else -2, "sums")
+
+
+def _sums_letters(walk: Walk, node: fx.Node) -> None:
+    equation, operands = node.args[:2]
+    inputs, _, result = equation.replace(" ", "").partition("->")  # pyright: ignore
+    for letters, operand in zip(inputs.split(","), operands, strict=True):  # pyright: ignore
+        summed = [i for i, letter in enumerate(letters) if letter not in result]
+        if summed:
+            walk.forbid(node, operand, summed, "sums")
+
+
+def _reshapes(walk: Walk, node: fx.Node) -> None:
+    before, after = val(node.args[0]), val(node)
+    dim, new_dim = walk.token_dim(node, before), walk.token_dim(node, after)
+    if dim is None or new_dim is None or walk.row_stride(before, dim) != walk.row_stride(after, new_dim):
+        refuse(node, "it reshapes across tokens")
+
+
+def _rule_table() -> dict[Any, Check]:
+    moves = "permute.default transpose.int t.default movedim.int unsqueeze.default squeeze.dim squeeze.dims squeeze.default expand.default "
+    moves += "contiguous.default clone.default to.dtype to.device to.dtype_layout type_as.default alias.default detach.default "
+    moves += "expand_as.default embedding.default swapaxes.default numpy_T.default lift_fresh_copy.default "
+    makes = "zeros.default ones.default full.default empty.memory_format zeros_like.default ones_like.default full_like.default "
+    makes += "new_zeros.default new_ones.default new_full.default new_empty.default _to_copy.default copy.default repeat.default sym_size.int scalar_tensor.default one_hot.default"
+    reduces = "sum.dim_IntList mean.dim mean.default sum.default amax.default amin.default max.dim min.dim max.default min.default "
+    reduces += "softmax.int log_softmax.int var.correction var.dim std.correction norm.ScalarOpt_dim linalg_vector_norm.default "
+    reduces += "topk.default sort.default argmax.default argmin.default cumsum.default cumprod.default logsumexp.default "
+    reduces += "any.dim all.dim prod.dim_int glu.default flip.default argsort.default std.dim var_mean.correction"
+    parts = "slice.Tensor select.int narrow.default split.Tensor split_with_sizes.default chunk.default unbind.int "
+    parts += "index_select.default gather.default scatter.src unfold.default repeat_interleave.self_int index_add.default slice_scatter.default"
+    groups: list[tuple[str, Check]] = [
+        (moves + makes, _allowed),
+        (reduces, _reduces),
+        (parts, _takes_part),
+        ("multiply.Tensor divide.Tensor subtract.Tensor where.ScalarOther where.ScalarSelf where.Scalar", _pointwise),
+        ("cat.default stack.default", _joins),
+        ("index.Tensor", _indexes),
+        ("matmul.default bmm.default mm.default linear.default addmm.default", _multiplies),
+        ("einsum.default", _sums_letters),
+        ("reshape.default view.default _unsafe_view.default flatten.using_ints unflatten.int", _reshapes),
+        ("layer_norm.default rms_norm.default", _normalizes_last),
+    ]
+    table: dict[Any, Check] = {}
+    for names, rule in groups:
+        for name in names.split():
+            packet, _, overload = name.partition(".")
+            if (op := getattr(getattr(aten, packet, None), overload, None)) is not None:
+                table[op] = rule
+    table[ops.attention.overload] = _allowed
+    return table
+
+
+RULES = _rule_table() | {operator.getitem: _allowed}

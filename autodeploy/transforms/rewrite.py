@@ -1,0 +1,183 @@
+"""Helpers that graph passes share: calls with known values, structural patterns, dead code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import permutations
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
+
+from autodeploy.program import Program
+from autodeploy.specs import InputSpec
+
+aten = torch.ops.aten
+COMMUTATIVE = {aten.mul.Tensor, aten.add.Tensor}
+CASTS = {aten.to.dtype, aten._to_copy.default, aten.type_as.default, aten.to.dtype_layout}
+
+Bindings = dict[str, Any]
+
+
+def val(node: Any) -> Any:
+    """The fake value of a node (a constant is its own value)."""
+    return node.meta["val"] if isinstance(node, fx.Node) else node
+
+
+def calls(program: Program, *targets: Any) -> list[fx.Node]:
+    """Call nodes of these targets (overloads or semantic ops), in graph order."""
+    wanted = {getattr(target, "overload", target) for target in targets}
+    return [node for node in program.graph.graph.nodes if node.op == "call_function" and node.target in wanted]
+
+
+def fake_mode(program: Program) -> FakeTensorMode:
+    return next(iter(program.graph.graph.nodes)).meta["val"].fake_mode
+
+
+def evaluate_node(program: Program, node: fx.Node) -> None:
+    """Derive a call node's value from its arguments' values."""
+    args, kwargs = fx.map_arg((node.args, node.kwargs), val)  # pyright: ignore
+    with fake_mode(program), torch.no_grad():
+        node.meta["val"] = node.target(*args, **kwargs)  # pyright: ignore
+
+
+def insert_call(program: Program, before: fx.Node, target: Any, *args: Any, name: str | None = None, **kwargs: Any) -> fx.Node:
+    """A new call, its value derived, in front of `before`."""
+    graph = program.graph.graph
+    with graph.inserting_before(before):
+        node = graph.create_node("call_function", getattr(target, "overload", target), args, kwargs, name=name)
+    node.meta["stack_trace"] = before.meta.get("stack_trace")
+    evaluate_node(program, node)
+    return node
+
+
+def replace_call(program: Program, old: fx.Node, target: Any, *args: Any) -> fx.Node:
+    """A new call in the place of an old one; the old one is left without users."""
+    node = insert_call(program, old, target, *args)
+    old.replace_all_uses_with(node)
+    return node
+
+
+def insert_parameter(program: Program, before: fx.Node, name: str, value: torch.Tensor) -> fx.Node:
+    """A `get_attr` of a new parameter in front of `before`; its recipe is the caller's to add. value: a meta tensor."""
+    module: Any = program.graph
+    *path, leaf = name.split(".")
+    for part in path:
+        if not hasattr(module, part):
+            module.add_module(part, torch.nn.Module())
+        module = getattr(module, part)
+    setattr(module, leaf, torch.nn.Parameter(value, requires_grad=False))
+    with program.graph.graph.inserting_before(before):
+        node = program.graph.graph.get_attr(name)
+    with fake_mode(program):
+        node.meta["val"] = torch.empty(value.shape, dtype=value.dtype)
+    return node
+
+
+def insert_input(program: Program, name: str, spec: InputSpec, sizes: tuple[int, ...]) -> fx.Node:
+    """The placeholder of that input, made when it is not there yet. sizes: example sizes; symbolic where the spec says so."""
+    graph = program.graph.graph
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    for node in placeholders:
+        if node.name == name:
+            return node
+    with graph.inserting_after(placeholders[-1]):
+        node = graph.placeholder(name)
+    dynamic = [DimDynamic.STATIC if isinstance(size, int) else DimDynamic.DYNAMIC for size in spec.shape]
+    context = StatelessSymbolicContext(dynamic_sizes=dynamic)  # pyright: ignore
+    source = torch._dynamo.source.ConstantSource(name)
+    example = torch.zeros(sizes, dtype=getattr(torch, spec.dtype), device="meta").to("meta")
+    mode = fake_mode(program)
+    node.meta["val"] = mode.from_tensor(torch.zeros(example.shape, dtype=example.dtype), symbolic_context=context, source=source)
+    return node
+
+
+def erase_dead(program: Program) -> None:
+    """Remove calls without users and effects, parameters nobody reads and, from the plan, their recipes."""
+    graph = program.graph.graph
+    graph.eliminate_dead_code()
+    for node in [node for node in graph.nodes if node.op == "get_attr" and not node.users]:
+        graph.erase_node(node)
+    read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
+    program.weights = program.weights.without(set(program.weights) - read)
+
+
+# Patterns. A pattern is a `Var`, a `Call`, or a constant that must be equal.
+
+
+@dataclass(frozen=True)
+class Var:
+    """Matches any argument, the same one each time; `where` restricts it."""
+
+    name: str
+    where: Callable[[Any], bool] | None = None
+
+
+@dataclass(frozen=True, init=False)
+class Call:
+    """Matches a call of one of `targets` on these arguments; trailing arguments that the node has beyond them are not looked at."""
+
+    targets: tuple[Any, ...]
+    args: tuple[Any, ...]
+
+    def __init__(self, targets: Any, *args: Any) -> None:
+        object.__setattr__(self, "targets", targets if isinstance(targets, tuple) else (targets,))
+        object.__setattr__(self, "args", args)
+
+
+@dataclass(frozen=True)
+class MaybeCast:
+    """Matches the inner pattern with or without a dtype cast around it."""
+
+    inner: Any
+
+
+def match(pattern: Any, value: Any, bindings: Bindings | None = None) -> Iterator[Bindings]:
+    """Every way in which `value` (a node or a constant) is the pattern, as bindings of its variables."""
+    bindings = bindings or {}
+    if isinstance(pattern, Var):
+        bound = bindings.get(pattern.name, value)
+        if bound is value or (not isinstance(value, fx.Node) and bound == value):
+            if pattern.where is None or pattern.where(value):
+                yield {**bindings, pattern.name: value}
+    elif isinstance(pattern, MaybeCast):
+        yield from match(pattern.inner, value, bindings)
+        if isinstance(value, fx.Node) and value.op == "call_function" and value.target in CASTS:
+            yield from match(pattern.inner, value.args[0], bindings)
+    elif isinstance(pattern, Call):
+        yield from _match_call(pattern, value, bindings)
+    elif isinstance(pattern, list | tuple):
+        if isinstance(value, list | tuple) and len(value) == len(pattern):
+            yield from _match_all(tuple(pattern), tuple(value), bindings)
+    elif not isinstance(value, fx.Node) and pattern == value:
+        yield bindings
+
+
+def _match_call(pattern: Call, node: Any, bindings: Bindings) -> Iterator[Bindings]:
+    if not isinstance(node, fx.Node) or node.op != "call_function" or node.target not in pattern.targets:
+        return
+    if len(node.args) < len(pattern.args):
+        return
+    actual = node.args[: len(pattern.args)]
+    orders = permutations(actual) if node.target in COMMUTATIVE else [actual]
+    for order in orders:
+        yield from _match_all(pattern.args, tuple(order), bindings)
+
+
+def _match_all(patterns: tuple[Any, ...], values: tuple[Any, ...], bindings: Bindings) -> Iterator[Bindings]:
+    if not patterns:
+        yield bindings
+        return
+    for first in match(patterns[0], values[0], bindings):
+        yield from _match_all(patterns[1:], values[1:], first)
+
+
+def first_match(patterns: dict[Any, Any], node: fx.Node) -> tuple[Any, Bindings] | None:
+    """(key, bindings) of the first pattern that the node is."""
+    for key, pattern in patterns.items():
+        for bindings in match(pattern, node):
+            return key, bindings
+    return None

@@ -1,0 +1,10 @@
+"""Settings that hold for every test: no network, two torch threads."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch
+
+torch.set_num_threads(2)
