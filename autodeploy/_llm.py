@@ -1,0 +1,147 @@
+"""LLM: text in, text out, over a CompiledModel."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, overload
+
+from rich.console import Console
+from rich.progress import track
+from torch import nn
+from transformers import AutoTokenizer
+
+from autodeploy._compile import CompiledModel, compile, spread
+from autodeploy.config import LLMArgs, SamplingParams
+from autodeploy.errors import CheckpointError, ConfigError, RequestError
+from autodeploy.executor.detokenizer import IncrementalDetokenizer
+from autodeploy.executor.outputs import RequestHandle, RequestOutput
+
+Prompt = str | Sequence[int] | Mapping[str, Any]
+"""Text, token ids, or {"prompt": text} / {"prompt_token_ids": ids}."""
+
+
+class LLM:
+    """A model being served in this process.
+
+    model: a checkpoint folder, or a Hugging Face model in memory (then `tokenizer` must be given, or `skip_tokenizer_init=True`).
+    options: the fields of `LLMArgs`; the spellings `max_num_seqs`, `max_num_batched_tokens` and `max_model_len` work too.
+    `backend="pytorch"` runs the eager model behind the same methods: the reference.
+    """
+
+    def __init__(self, model: Any, **options: Any) -> None:
+        args = LLMArgs(model=model, **options)
+        self.tokenizer: Any = None if args.skip_tokenizer_init else _tokenizer(args)
+        self.compiled: CompiledModel = compile(model, **options)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.shutdown()
+
+    def shutdown(self) -> None:
+        """End the executor; requests under way end with finish_reason abort. No harm when called again."""
+        self.compiled.shutdown()
+
+    @overload
+    def generate(
+        self,
+        inputs: str | Mapping[str, Any] | list[int],
+        sampling_params: SamplingParams | None = ...,
+        use_tqdm: bool = ...,
+    ) -> RequestOutput: ...
+
+    @overload
+    def generate(
+        self,
+        inputs: Sequence[str] | Sequence[Sequence[int]] | Sequence[Mapping[str, Any]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = ...,
+        use_tqdm: bool = ...,
+    ) -> list[RequestOutput]: ...
+
+    def generate(self, inputs: Any, sampling_params: Any = None, use_tqdm: bool = True) -> RequestOutput | list[RequestOutput]:
+        """Generate for one prompt (one RequestOutput) or a list of prompts (a list in the same order).
+
+        A flat list of ints is one prompt. In a list, a request that fails has finish_reason error and its `error` set, and the
+        others go on; a single prompt raises. use_tqdm: a progress bar, when there is a terminal to draw it on.
+        """
+        if _is_single(inputs):
+            return self.generate_async(inputs, spread(sampling_params, 1)[0]).result()
+        params = spread(sampling_params, len(inputs))
+        handles = [self._submit(prompt, item, streaming=False) for prompt, item in zip(inputs, params, strict=True)]
+        console = Console(stderr=True)
+        waited = track(handles, "generating", console=console, disable=not (use_tqdm and console.is_terminal), transient=True)
+        return [handle.output() for handle in waited]
+
+    def generate_async(self, inputs: Prompt, sampling_params: SamplingParams | None = None, streaming: bool = False) -> RequestHandle:
+        """Queue one prompt. The handle can be awaited, iterated (`for`, `async for`: one output per token when streaming) or aborted."""
+        return self._submit(inputs, sampling_params or SamplingParams(), streaming)
+
+    def chat(
+        self,
+        messages: Sequence[Any],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> RequestOutput | list[RequestOutput]:
+        """Answer a conversation (a list of {"role", "content"}) or a list of conversations, through the tokenizer's chat template."""
+        if self.tokenizer is None or not getattr(self.tokenizer, "chat_template", None):
+            raise ConfigError("chat needs a tokenizer with a chat template; this LLM has none. Use generate().")
+        options = {"add_generation_prompt": True, **(chat_template_kwargs or {})}
+        single = not messages or isinstance(messages[0], Mapping)
+        conversations: list[Any] = [messages] if single else list(messages)
+        prompts = [self._encode(self.tokenizer.apply_chat_template(talk, tokenize=False, **options), False) for talk in conversations]
+        return self.generate(prompts[0] if single else prompts, sampling_params, use_tqdm)  # pyright: ignore
+
+    def _submit(self, prompt: Prompt, params: SamplingParams, streaming: bool) -> RequestHandle:
+        text, ids = self._parse(prompt, params)
+        detokenizer = None
+        if self.tokenizer is not None and params.detokenize:
+            detokenizer = IncrementalDetokenizer(
+                self.tokenizer,
+                skip_special_tokens=params.skip_special_tokens,
+                spaces_between_special_tokens=params.spaces_between_special_tokens,
+            )
+        elif params.stop_strings:
+            raise RequestError("stop strings need a tokenizer, and skip_tokenizer_init=True; use stop_token_ids")
+        return self.compiled.submit(ids, params, prompt=text, streaming=streaming, detokenizer=detokenizer)
+
+    def _parse(self, prompt: Any, params: SamplingParams) -> tuple[str | None, list[int]]:
+        if isinstance(prompt, Mapping):
+            if len(prompt) != 1 or not prompt.keys() <= {"prompt", "prompt_token_ids"}:
+                raise RequestError(f"a prompt dict has either 'prompt' or 'prompt_token_ids', not {sorted(prompt)}")
+            prompt = next(iter(prompt.values()))
+        if isinstance(prompt, str):
+            return prompt, self._encode(prompt, params.add_special_tokens)
+        if all(isinstance(token, int) for token in prompt):
+            return None, list(prompt)
+        raise RequestError(f"a prompt is text or a list of token ids, not {type(prompt).__name__} of {type(prompt[0]).__name__}")
+
+    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        if self.tokenizer is None:
+            raise RequestError("a text prompt needs a tokenizer, and skip_tokenizer_init=True; give token ids")
+        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+
+def _is_single(inputs: Any) -> bool:
+    return isinstance(inputs, str | Mapping) or not inputs or isinstance(inputs[0], int)
+
+
+def _tokenizer(args: LLMArgs) -> Any:
+    """The tokenizer given, or that of a folder. Raises CheckpointError or ConfigError with the remedy."""
+    given = args.tokenizer
+    if given is not None and not isinstance(given, str | Path):
+        return given
+    if given is None and isinstance(args.model, nn.Module):
+        raise ConfigError("a model in memory brings no tokenizer; pass tokenizer=..., or skip_tokenizer_init=True to use token ids")
+    folder = Path(given or args.model)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not a folder. Give the path of a folder written by save_pretrained.")
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder} has no usable tokenizer ({error}). Pass tokenizer=..., or skip_tokenizer_init=True to use token ids."
+        ) from error
