@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from autodeploy.capture.checkpoint import CheckpointSource, build_skeleton, cast_floats, checkpoint_dtype, checkpoint_recipes, read_config
-from autodeploy.capture.export import capture, live_source, skeleton_of
+from autodeploy.capture.checkpoint import CheckpointSource, checkpoint_dtype, checkpoint_recipes
+from autodeploy.capture.export import capture, live_source
 from autodeploy.capture.patches import rope_thresholds
+from autodeploy.capture.skeleton import build_skeleton, cast_floats, read_config, skeleton_of
 from autodeploy.config import LLMArgs, SamplingParams
 from autodeploy.errors import ConfigError, RequestError
 from autodeploy.executor.batch import BatchBuilder
@@ -34,7 +35,6 @@ from autodeploy.transforms.default import default_pipeline
 from autodeploy.transforms.pipeline import Pipeline
 from autodeploy.weights import Cast, Recipe, Take, TensorSource
 
-
 Lowered = tuple[Program, TensorSource, "ModelFacts"]
 
 
@@ -48,7 +48,7 @@ class ModelFacts:
     vocab_size: int
 
 
-def compile(model: Any, **options: Any) -> CompiledModel:  # noqa: A001
+def compile(model: Any, **options: Any) -> CompiledModel:
     """Compile a Hugging Face causal language model.
 
     model: an `nn.Module` of transformers in memory (left as it is; unchanged weights are shared with it) or a checkpoint folder.
@@ -186,12 +186,16 @@ class CompiledModel:
     def __call__(self, input_ids: Tensor) -> Tensor:
         """Logits [B, S, vocab] of token ids [B, S]; the B rows are served as B requests."""
         if input_ids.dim() != 2 or input_ids.shape[1] == 0:
-            raise RequestError(f"input_ids has shape {list(input_ids.shape)}, but [batch, tokens] with at least one token is needed")
+            raise RequestError(
+                f"input_ids has shape {list(input_ids.shape)}, but [batch, tokens] with at least one token is needed"
+            )
         handles = [self.submit(row, SamplingParams(max_tokens=0), return_context_logits=True) for row in input_ids.tolist()]
         return torch.stack([handle.result().context_logits for handle in handles])
 
     def generate(
-        self, prompts: Sequence[int] | Sequence[Sequence[int]], sampling_params: SamplingParams | Sequence[SamplingParams] | None = None
+        self,
+        prompts: Sequence[int] | Sequence[Sequence[int]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> RequestOutput | list[RequestOutput]:
         """Token ids in, token ids out: one prompt gives one output, a list of prompts a list in the same order.
 
@@ -250,7 +254,12 @@ class CompiledModel:
         thresholds = rope_thresholds(self.runner.model) if eager else self.program.rope_thresholds  # pyright: ignore
         chunked = args.enable_chunked_prefill and not eager
         scheduler = Scheduler(
-            kv, args.max_batch_size, args.max_num_tokens, self.max_seq_len, chunked, thresholds  # pyright: ignore
+            kv,
+            args.max_batch_size,
+            args.max_num_tokens,
+            self.max_seq_len,
+            chunked,
+            thresholds,  # pyright: ignore
         )
         batches = BatchBuilder(kv, args.max_batch_size, args.max_num_tokens)
         return ADExecutor(self.runner, scheduler, batches, Sampler(self.facts.vocab_size, args.seed))
@@ -264,9 +273,13 @@ class CompiledModel:
         if config.max_tokens is not None:
             limits = [-(-config.max_tokens // page_size)]
         if bytes_per_page:
-            limits.append((config.max_bytes or int(config.free_memory_fraction * free_memory(_device(self.args)))) // bytes_per_page)
+            limits.append(
+                (config.max_bytes or int(config.free_memory_fraction * free_memory(_device(self.args)))) // bytes_per_page
+            )
         if min(limits) < 1:
-            raise ConfigError(f"kv_cache_config leaves room for no page of {page_size} tokens ({bytes_per_page} bytes). Raise max_bytes.")
+            raise ConfigError(
+                f"kv_cache_config leaves room for no page of {page_size} tokens ({bytes_per_page} bytes). Raise max_bytes."
+            )
         return 1 + min(limits)
 
 

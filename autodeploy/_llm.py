@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from autodeploy._compile import CompiledModel, compile, spread
+from autodeploy.capture.skeleton import read_config
 from autodeploy.config import LLMArgs, SamplingParams
 from autodeploy.errors import CheckpointError, ConfigError, RequestError
 from autodeploy.executor.detokenizer import IncrementalDetokenizer
@@ -75,8 +76,13 @@ class LLM:
         waited = track(handles, "generating", console=console, disable=not (use_tqdm and console.is_terminal), transient=True)
         return [handle.output() for handle in waited]
 
-    def generate_async(self, inputs: Prompt, sampling_params: SamplingParams | None = None, streaming: bool = False) -> RequestHandle:
-        """Queue one prompt. The handle can be awaited, iterated (`for`, `async for`: one output per token when streaming) or aborted."""
+    def generate_async(
+        self, inputs: Prompt, sampling_params: SamplingParams | None = None, streaming: bool = False
+    ) -> RequestHandle:
+        """Queue one prompt. The handle can be waited for, awaited, iterated (`for`, `async for`) or aborted.
+
+        streaming: iterating gives an output per token, else the final one alone.
+        """
         return self._submit(inputs, sampling_params or SamplingParams(), streaming)
 
     def chat(
@@ -86,13 +92,15 @@ class LLM:
         use_tqdm: bool = True,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> RequestOutput | list[RequestOutput]:
-        """Answer a conversation (a list of {"role", "content"}) or a list of conversations, through the tokenizer's chat template."""
+        """Answer a conversation (a list of {"role", "content"}), or a list of them, through the chat template."""
         if self.tokenizer is None or not getattr(self.tokenizer, "chat_template", None):
             raise ConfigError("chat needs a tokenizer with a chat template; this LLM has none. Use generate().")
         options = {"add_generation_prompt": True, **(chat_template_kwargs or {})}
         single = not messages or isinstance(messages[0], Mapping)
         conversations: list[Any] = [messages] if single else list(messages)
-        prompts = [self._encode(self.tokenizer.apply_chat_template(talk, tokenize=False, **options), False) for talk in conversations]
+        prompts = [
+            self._encode(self.tokenizer.apply_chat_template(talk, tokenize=False, **options), False) for talk in conversations
+        ]
         return self.generate(prompts[0] if single else prompts, sampling_params, use_tqdm)  # pyright: ignore
 
     def _submit(self, prompt: Prompt, params: SamplingParams, streaming: bool) -> RequestHandle:
@@ -135,13 +143,18 @@ def _tokenizer(args: LLMArgs) -> Any:
     if given is not None and not isinstance(given, str | Path):
         return given
     if given is None and isinstance(args.model, nn.Module):
-        raise ConfigError("a model in memory brings no tokenizer; pass tokenizer=..., or skip_tokenizer_init=True to use token ids")
+        raise ConfigError(
+            "a model in memory brings no tokenizer; pass tokenizer=..., or skip_tokenizer_init=True to use token ids"
+        )
     folder = Path(given or args.model)
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder} is not a folder. Give the path of a folder written by save_pretrained.")
+    if given is None:
+        read_config(folder)  # a folder that is wrong as a whole is refused for that, not for its tokenizer
+    elif not folder.is_dir():
+        raise CheckpointError(f"tokenizer: {folder} is not a folder. Give the path of a folder written by save_pretrained.")
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
         raise CheckpointError(
-            f"{folder} has no usable tokenizer ({error}). Pass tokenizer=..., or skip_tokenizer_init=True to use token ids."
+            f"{folder} has no usable tokenizer ({reason}). Pass tokenizer=..., or skip_tokenizer_init=True to use token ids."
         ) from error

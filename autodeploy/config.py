@@ -239,6 +239,7 @@ class KVCacheConfig(_Options):
     _LATER = _only_neutral(
         "enable_block_reuse enable_partial_reuse enable_prefix_caching copy_on_partial_reuse max_attention_window "
         "secondary_offload_min_priority",
+        dtype=("auto",),
         host_cache_size=(0,),
         disk_cache_size=(0,),
     )
@@ -266,7 +267,7 @@ class LLMArgs(_Options):
         "max_model_len": "max_seq_len",
     }
     _LATER = _only_neutral(
-        "quantization revision tokenizer_revision hf_token hf_overrides cp_config enable_expert_parallel "
+        "quantization plugins revision tokenizer_revision hf_token hf_overrides cp_config enable_expert_parallel "
         "enable_attention_dp attention_dp_config gpus_per_node max_input_len enable_prefix_caching scheduler_config "
         "async_scheduling cuda_graph_config torch_compile_config compilation_config logits_processors "
         "batched_logits_processor speculative_config guided_decoding_backend structured_outputs_config enable_lora "

@@ -67,10 +67,17 @@ class Program:
 
     def _lines(self) -> list[str]:
         graph = self.graph.graph
-        lines = [f"program ({self.level.value}; passes: {', '.join(record.name for record in self.history) or 'none'})", "", "inputs:"]
+        lines = [
+            f"program ({self.level.value}; passes: {', '.join(record.name for record in self.history) or 'none'})",
+            "",
+            "inputs:",
+        ]
         lines += [f"  {name}: {spec.dtype}[{', '.join(map(str, spec.shape))}]" for name, spec in self.inputs.items()]
         lines += ["caches:", *(f"  {name}: {spec}" for name, spec in self.caches.items())]
-        lines += ["weights:", *(f"  {name}: {_tensor_type(self.parameter(name))} = {self.weights[name]}" for name in self.weights)]
+        lines += [
+            "weights:",
+            *(f"  {name}: {_tensor_type(self.parameter(name))} = {self.weights[name]}" for name in self.weights),
+        ]
         lines += ["graph:", *(f"  {_statement(node)}" for node in graph.nodes if node.op in ("call_function", "output"))]
         return lines
 
@@ -102,7 +109,7 @@ def _dim(size: Any) -> str:
     if isinstance(size, int):
         return str(size)
     expression = size.node.expr
-    return str(expression.subs({symbol: "T" for symbol in expression.free_symbols}))
+    return str(expression.subs(dict.fromkeys(expression.free_symbols, "T")))
 
 
 def _argument(value: Any) -> str:

@@ -181,9 +181,10 @@ class WeightPlan:
 
 
 class TensorSource(Protocol):
-    """Where the leaves come from. Tensors of a mapped source must be copied before the source is closed."""
+    """Where the leaves come from. What a mapped source answers still lies in a file, and is copied."""
 
-    mapped: bool
+    @property
+    def mapped(self) -> bool: ...
 
     def fetch(self, leaf: Recipe) -> Tensor: ...
 

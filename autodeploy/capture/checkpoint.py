@@ -1,9 +1,8 @@
-"""A checkpoint folder: its config, its safetensors, and the recipes from its tensor names to the model's parameters."""
+"""The safetensors of a checkpoint folder, and the recipes from their names to the model's tensors."""
 
 from __future__ import annotations
 
 import copy
-import json
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping
@@ -11,16 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from torch import Tensor
+from transformers import PreTrainedConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from autodeploy.errors import CheckpointError, UnsupportedModelError, did_you_mean
+from autodeploy.capture.skeleton import read_json
+from autodeploy.errors import CheckpointError, did_you_mean
 from autodeploy.weights import Convert, Initial, Recipe, Take
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -40,20 +37,22 @@ class CheckpointSource:
     def _read_index(self) -> dict[str, str]:
         """Tensor name -> file name. Raises CheckpointError for what is missing, unsafe or broken."""
         if (self.folder / INDEX).exists():
-            listed: dict[str, str] = _read_json(self.folder / INDEX).get("weight_map", {})
+            listed: dict[str, str] = read_json(self.folder / INDEX).get("weight_map", {})
             for name in sorted(set(listed.values())):
                 self._open(name)
             absent = sorted(key for key, name in listed.items() if key not in self._files[name].keys())  # noqa: SIM118
             if absent:
-                raise CheckpointError(f"{self.folder}: {INDEX} lists {_some(absent)}, not in the files it names. Download the folder again.")
+                raise CheckpointError(
+                    f"{self.folder}: {INDEX} lists {_some(absent)}, not in the files it names. Download the folder again."
+                )
             return listed
         if (self.folder / SINGLE).exists():
             return dict.fromkeys(self._open(SINGLE).keys(), SINGLE)
         unsafe = sorted(path.name for pattern in PICKLES for path in self.folder.glob(pattern))
         if unsafe:
             raise CheckpointError(
-                f"{self.folder} holds only pickle weights ({_some(unsafe)}), and loading those can run code. Convert them once, where you "
-                "trust them: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder), then use new_folder."
+                f"{self.folder} holds only pickle weights ({_some(unsafe)}), and loading those can run code. "
+                "Convert them once, where you trust them: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder), then use new_folder."
             )
         raise CheckpointError(f"{self.folder} holds no {SINGLE} and no {INDEX}. Point to a folder written by save_pretrained.")
 
@@ -82,48 +81,14 @@ class CheckpointSource:
         return self._files[self._file_of[leaf.name]].get_tensor(leaf.name)
 
 
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "BOOL": torch.bool}
-
-
-def read_config(folder: Path) -> PreTrainedConfig:
-    """The folder's config, of a class in transformers. Remote code is never run."""
-    if not folder.is_dir():
-        near = did_you_mean(folder.name, [path.name for path in folder.parent.glob("*") if path.is_dir()] if folder.parent.is_dir() else [])
-        raise CheckpointError(f"{folder} is not a folder.{near} Give the path of a folder written by save_pretrained.")
-    if not (folder / "config.json").exists():
-        raise CheckpointError(f"{folder} has no config.json. Give the path of a folder written by save_pretrained.")
-    raw = _read_json(folder / "config.json")
-    model_type = raw.get("model_type")
-    if model_type not in CONFIG_MAPPING:
-        remote = " Its auto_map asks for code of its own, which is never run." if "auto_map" in raw else ""
-        raise UnsupportedModelError(
-            f"{folder}: model_type '{model_type}' is not in transformers.{remote}{did_you_mean(str(model_type), CONFIG_MAPPING.keys())} "
-            "Use a version of transformers that has it, or a conversion of the model to one it has."
-        )
-    if raw.get("quantization_config"):
-        raise UnsupportedModelError(f"{folder}: quantized checkpoints are not supported yet. Use the unquantized checkpoint.")
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise UnsupportedModelError(f"{folder}: transformers has no causal language model for model_type '{model_type}'.")
-    return config
-
-
-def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype) -> nn.Module:
-    """The model of a config with parameters on meta and real buffers."""
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, trust_remote_code=False)
-    model.tie_weights()
-    cast_floats(model, dtype)
-    return model.eval()
-
-
-def cast_floats(model: Any, dtype: torch.dtype) -> None:
-    """Floating parameters to dtype, as `from_pretrained(dtype=...)` does; those the model keeps in float32 stay."""
-    strict, loose = (getattr(model, f"_keep_in_fp32_modules{suffix}", None) or () for suffix in ("_strict", ""))
-    kept = set(strict if dtype in (torch.float16, torch.bfloat16) else ()) | set(loose if dtype is torch.float16 else ())
-    for name, parameter in model.named_parameters():
-        if parameter.is_floating_point():
-            parameter.data = parameter.data.to(torch.float32 if kept & set(name.split(".")) else dtype)
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "BOOL": torch.bool,
+}
 
 
 def checkpoint_dtype(config: PreTrainedConfig, source: CheckpointSource) -> torch.dtype:
@@ -149,7 +114,9 @@ def checkpoint_recipes(model: Any, source: CheckpointSource, ignore_unexpected: 
     missing = sorted(set(expected) - set(recipes))
     if missing:
         near = did_you_mean(missing[0], unexpected)
-        raise CheckpointError(f"{source.folder}: tensors {_some(missing)} are missing.{near} Check that config.json belongs to these weights.")
+        raise CheckpointError(
+            f"{source.folder}: tensors {_some(missing)} are missing.{near} Check that config.json belongs to these weights."
+        )
     _check_shapes(source, recipes, expected)
     return recipes
 
@@ -192,8 +159,10 @@ def _converted(
 
 def _conversion(model: Any, target: str, converter: WeightConverter) -> Callable[[dict[str, list[Tensor]]], dict[str, Tensor]]:
     def convert(tensors: dict[str, list[Tensor]]) -> dict[str, Tensor]:
-        once = copy.deepcopy(converter)
-        once.collected_tensors = {pattern: [lambda tensor=tensor: tensor for tensor in parts] for pattern, parts in tensors.items()}
+        once: Any = copy.deepcopy(converter)
+        once.collected_tensors = {
+            pattern: [lambda tensor=tensor: tensor for tensor in parts] for pattern, parts in tensors.items()
+        }
         made = once.convert(target, model=model, config=model.config)
         return {name: parts[0] if isinstance(parts, list) else parts for name, parts in made.items()}
 
@@ -201,12 +170,16 @@ def _conversion(model: Any, target: str, converter: WeightConverter) -> Callable
 
 
 def _refuse_unexpected(model: Any, source: CheckpointSource, unexpected: list[str], ignore: bool) -> None:
-    known = {*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()), r"rotary_emb\.inv_freq", r"\.attn\.(masked_)?bias$"}
+    known = {
+        *(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()),
+        r"rotary_emb\.inv_freq",
+        r"\.attn\.(masked_)?bias$",
+    }
     strangers = [name for name in unexpected if not any(re.search(pattern, name) for pattern in known)]
     if strangers and not ignore:
         raise CheckpointError(
-            f"{source.folder}: tensors {_some(strangers)} are not in the model. Check that config.json belongs to these weights, or pass "
-            "ignore_unexpected_weights=True to go without them."
+            f"{source.folder}: tensors {_some(strangers)} are not in the model. Check that config.json belongs to these weights, "
+            "or pass ignore_unexpected_weights=True to go without them."
         )
 
 
@@ -223,13 +196,6 @@ def _check_shapes(source: CheckpointSource, recipes: Mapping[str, Recipe], expec
 def _natural(name: str) -> list[Any]:
     """Sorts layer 2 before layer 10, as transformers does."""
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}). Download it again.") from error
 
 
 def _some(names: list[str]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import traceback
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, ExportedProgram
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.fx.graph import CodeGen
 
 from autodeploy.capture.masks import prove_masks
 from autodeploy.capture.patches import CaptureState, applied, rope_thresholds, where_defined
@@ -46,13 +46,6 @@ class _Logits(nn.Module):
         values = dict(zip(self.inputs, tensors, strict=True))
         self.state.rope_len = values.get("rope_len")
         return self.model(**{name: values[name] for name in self.passed}, use_cache=False).logits
-
-
-def skeleton_of(model: nn.Module) -> nn.Module:
-    """A copy of a live model whose parameters and buffers are meta tensors; the model itself is not touched."""
-    tensors = {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in model.parameters()}
-    tensors |= {id(b): b.to("meta") for b in model.buffers()}
-    return copy.deepcopy(model, dict(tensors)).eval()
 
 
 def capture(skeleton: nn.Module, initial: Mapping[str, Tensor]) -> Captured:
@@ -120,7 +113,9 @@ def _export(skeleton: nn.Module, state: CaptureState, inputs: list[str], mode: F
 def _mutates(node: fx.Node) -> bool:
     """Writes into a tensor (`detach_` of a constant does not)."""
     target = node.target
-    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable and target is not torch.ops.aten.detach_.default
+    return (
+        isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable and target is not torch.ops.aten.detach_.default
+    )
 
 
 def _first_line(error: Exception) -> str:
@@ -141,7 +136,7 @@ def _to_program(
     """Flat placeholders and one logits output; `get_attr` by the model's own names; constants become initial values."""
     module: Any = exported.module(check_guards=False)
     graph: fx.Graph = module.graph
-    graph.set_codegen(fx.graph.CodeGen())
+    graph.set_codegen(CodeGen())
     tensors: dict[str, Any] = {}
     recipes: dict[str, Recipe] = {}
     persistent = {**skeleton.state_dict(keep_vars=True), **dict(skeleton.named_parameters())}
@@ -180,4 +175,3 @@ def live_source(model: nn.Module, initial: Mapping[str, Tensor]) -> LiveSource:
     """The tensors of a model in memory as the source of a program's weights."""
     tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     return LiveSource(tensors, initial)
-

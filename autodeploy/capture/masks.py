@@ -29,7 +29,7 @@ def prove_masks(program: Program, masks: list[MaskTag], skeleton: nn.Module) -> 
 
 
 def window_of(rule: Any, longest: int, where: str) -> int:
-    """Window of a mask rule (batch, head, query, key) -> visible; 0 when it is plainly causal. Queries up to `longest` are probed."""
+    """Window of a mask rule (batch, head, query, key) -> visible, probed up to query `longest`; 0 when it is plainly causal."""
     try:
         keys_seen = int(_visible(rule, torch.tensor([longest]), longest + 1).sum())
         window = keys_seen if keys_seen <= longest else 0

@@ -1,10 +1,11 @@
-"""What capture changes in transformers and in its own copy of the model, in one visible table. The user's model is never touched."""
+"""What capture changes in transformers and in its own copy of the model, in one table. The user's model is not touched."""
 
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any
@@ -22,6 +23,9 @@ IMPLEMENTATION = "autodeploy"
 
 NEUTRAL_KWARGS = {"position_ids", "use_cache", "output_attentions", "output_router_logits", "is_causal", "dropout", "layer_idx"}
 """Keyword arguments of an attention call that do not change what it computes (is_causal is checked)."""
+
+
+_TRACING = threading.Lock()
 
 
 @dataclass(eq=False)
@@ -53,8 +57,9 @@ class ExportPatch:
 
 @contextmanager
 def applied(model: nn.Module, state: CaptureState) -> Iterator[None]:
-    """All patches of the table, for as long as the model is traced."""
+    """All patches of the table, for as long as the model is traced; one model at a time, since some are process-wide."""
     with ExitStack() as stack:
+        stack.enter_context(_TRACING)
         for patch in PATCHES:
             if (context := patch.apply(model, state)) is not None:
                 stack.enter_context(context)
@@ -83,7 +88,9 @@ def _attention_call(
     """transformers' attention signature -> one op: q [1, H, T, Dk], k [1, Hkv, T, Dk], v [1, Hkv, T, Dv] -> [1, T, H, Dv]."""
     unknown = sorted(name for name in kwargs.keys() - NEUTRAL_KWARGS if kwargs[name] is not None)
     if unknown:
-        raise UnsupportedModelError(f"its attention call passes {unknown}, whose meaning is not known here", source=where_defined(module))
+        raise UnsupportedModelError(
+            f"its attention call passes {unknown}, whose meaning is not known here", source=where_defined(module)
+        )
     if kwargs.get("is_causal") is False or getattr(module, "is_causal", True) is False:
         raise UnsupportedModelError("its attention is not causal", source=where_defined(module))
     if not isinstance(attention_mask, MaskTag | None):
@@ -93,22 +100,29 @@ def _attention_call(
     return ops.attention(query, key, value, s_aux, float(scale), sliding_window or 0, float(softcap or 0.0), mask), None
 
 
-def _route_attention(model: nn.Module, state: CaptureState) -> None:
-    AttentionInterface.register(IMPLEMENTATION, _attention_call)
-    model.set_attn_implementation(IMPLEMENTATION)  # pyright: ignore[reportCallIssue]
+@contextmanager
+def _registered(interface: Any, function: Callable[..., Any]) -> Iterator[None]:
+    """One of transformers' registries holds the function under our name inside."""
+    interface.register(IMPLEMENTATION, function)
+    try:
+        yield
+    finally:
+        del interface._global_mapping[IMPLEMENTATION]
 
 
 @contextmanager
-def _tag_masks(model: nn.Module, state: CaptureState) -> Iterator[None]:
+def _route_attention(model: Any, state: CaptureState) -> Iterator[None]:
+    with _registered(AttentionInterface, _attention_call):
+        model.set_attn_implementation(IMPLEMENTATION)
+        yield
+
+
+def _tag_masks(model: nn.Module, state: CaptureState) -> AbstractContextManager[None]:
     def tag(*_: Any, mask_function: Callable[..., Any], **__: Any) -> MaskTag:
         state.masks.append(MaskTag(len(state.masks), mask_function))
         return state.masks[-1]
 
-    masking_utils.AttentionMaskInterface.register(IMPLEMENTATION, tag)
-    try:
-        yield
-    finally:
-        del masking_utils.AttentionMaskInterface._global_mapping[IMPLEMENTATION]
+    return _registered(masking_utils.AttentionMaskInterface, tag)
 
 
 @contextmanager
@@ -132,7 +146,11 @@ def _rotary_kinds(model: nn.Module) -> Iterator[tuple[nn.Module, str | None, str
 
 def rope_thresholds(model: nn.Module) -> tuple[int, ...]:
     """Lengths at which long rope changes all of a request's frequencies."""
-    found = {_rope_parameters(module, layer)["original_max_position_embeddings"] for module, layer, kind in _rotary_kinds(model) if kind == "longrope"}
+    found = {
+        _rope_parameters(module, layer)["original_max_position_embeddings"]
+        for module, layer, kind in _rotary_kinds(model)
+        if kind == "longrope"
+    }
     return tuple(sorted(found))
 
 
@@ -155,8 +173,8 @@ def _replace_rotary_forward(module: nn.Module, layer_type: str | None, rule: Cal
     module.forward = MethodType(forward, module)
 
 
-def _rope_parameters(module: nn.Module, layer_type: str | None) -> dict[str, Any]:
-    parameters = module.config.rope_parameters  # pyright: ignore
+def _rope_parameters(module: Any, layer_type: str | None) -> dict[str, Any]:
+    parameters = module.config.rope_parameters
     return parameters[layer_type] if layer_type is not None else parameters
 
 
@@ -208,8 +226,12 @@ def _shadowed(module: nn.Module, name: str, value: Any) -> Iterator[None]:
 LENGTH_DEPENDENT_ROPE = {"longrope": _long_rope, "dynamic": _dynamic_rope}
 
 PATCHES = (
-    ExportPatch("attention", "each attention call becomes one op with scale, window, softcap and sinks as arguments", _route_attention),
+    ExportPatch(
+        "attention", "each attention call becomes one op with scale, window, softcap and sinks as arguments", _route_attention
+    ),
     ExportPatch("masks", "masks stay rules, evaluated and proved causal or windowed after tracing; no mask subgraph", _tag_masks),
-    ExportPatch("packing", "transformers would guess packed rows from position_ids; the paged ops know them", _no_packing_by_positions),
+    ExportPatch(
+        "packing", "transformers would guess packed rows from position_ids; the paged ops know them", _no_packing_by_positions
+    ),
     ExportPatch("rope by length", "stock code branches on max(position_ids), which mixes requests in one row", _rope_by_length),
 )

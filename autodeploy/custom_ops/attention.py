@@ -79,7 +79,8 @@ def attend(
 ) -> Tensor:
     """q [H, S, Dk] at positions offset.. over k [Hkv, L, Dk], v [Hkv, L, Dv] at positions 0.. -> [S, H, Dv].
 
-    The query heads of a group are folded into rows, so that keys and values are read once per group. Softmax in float32 or better.
+    The query heads of a group are folded into rows, so that keys and values are read once per group. Softmax is in float32 or
+    better.
     """
     num_heads, num_queries, _ = q.shape
     num_kv_heads, head_dim_v = k.shape[0], v.shape[2]

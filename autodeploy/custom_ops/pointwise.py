@@ -17,7 +17,12 @@ ACTIVATIONS = {
 }
 
 
-@semantic_op()
+def _like_first(x: Tensor, *_: object) -> Tensor:
+    """Shape rule of all four: as the first argument, in shape, dtype and layout."""
+    return torch.empty_like(x)
+
+
+@semantic_op(fake=_like_first)
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, offset: float, weight_in_float: bool) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * (offset + weight) over the last dim; x [..., C], weight [C] or None.
 
@@ -33,7 +38,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, offset: float, weight
     return (offset + weight if offset else weight) * normed.to(x.dtype)
 
 
-@semantic_op()
+@semantic_op(fake=_like_first)
 def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     """x * cos + rotated(x) * sin; x [1, H, T, D] (any layout), cos and sin broadcast against it.
 
@@ -47,13 +52,13 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     return x * cos + rotated * sin
 
 
-@semantic_op()
+@semantic_op(fake=_like_first)
 def gated_activation(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     """activation(gate) * up, elementwise; the activation is a key of `ACTIVATIONS`."""
     return ACTIVATIONS[activation](gate) * up
 
 
-@semantic_op()
+@semantic_op(fake=_like_first)
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """(x - mean) / sqrt(var + eps) * weight + bias over the last dim; weight and bias broadcast against x ([C], or [H, C])."""
     wide = x.float() if x.dtype != torch.float64 else x

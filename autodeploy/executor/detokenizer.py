@@ -50,7 +50,7 @@ class IncrementalDetokenizer:
         if len(text) <= self._context_chars:
             self._pending.clear()  # special or unknown tokens: they never print anything
             return ""
-        return self._release(self._clean_cut(text))
+        return self._release(self._clean_cut())
 
     def finish(self) -> str:
         """Return the text still held back."""
@@ -66,13 +66,12 @@ class IncrementalDetokenizer:
         self._pieces.append(piece)
         return piece
 
-    def _clean_cut(self, text: str) -> int:
-        """How many pending tokens can be released without splitting a character of `text`, the text of the window."""
+    def _clean_cut(self) -> int:
+        """How many pending tokens can be released without splitting a character: a split one decodes to more replacements."""
         window = self._context + self._pending
-        for cut in range(len(window) - 1, len(window) - 1 - _MAX_CHARACTER_TOKENS, -1):
-            if self._decode(window[:cut]) + self._decode(window[cut:]) == text:
-                return cut - len(self._context)
-        return len(self._pending)
+        cuts = range(len(window) - 1, len(window) - 1 - _MAX_CHARACTER_TOKENS, -1)
+        best = min(cuts, key=lambda cut: len(self._decode(window[:cut])) + len(self._decode(window[cut:])))
+        return best - len(self._context)
 
     def _decode(self, token_ids: list[int]) -> str:
         return self._tokenizer.decode(token_ids, **self._options)

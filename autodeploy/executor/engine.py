@@ -128,7 +128,9 @@ class ADExecutor:
                     raise error
                 logits = self.runner.forward(metadata, rows)
             except Exception as cause:
-                failed = ExecutionError(f"request {entry.request.request_id}: its forward failed: {type(cause).__name__}: {cause}")
+                failed = ExecutionError(
+                    f"request {entry.request.request_id}: its forward failed: {type(cause).__name__}: {cause}"
+                )
                 failed.__cause__ = cause
                 self._finish(entry.request, FinishReason.ERROR, failed)
             else:
@@ -182,4 +184,6 @@ def _refuse_unknown_tokens(request: Request, vocab_size: int) -> None:
     ids = request.prompt_token_ids
     if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
         at, bad = next((i, token) for i, token in enumerate(ids) if not 0 <= token < vocab_size)
-        raise RequestError(f"Token {at} of the prompt is {bad}, but ids go from 0 to {vocab_size - 1}. Use the model's own tokenizer.")
+        raise RequestError(
+            f"Token {at} of the prompt is {bad}, but ids go from 0 to {vocab_size - 1}. Use the model's own tokenizer."
+        )

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.node import map_aggregate
 
 from autodeploy.executor.batch import WantedRows
 from autodeploy.executor.request import Request
@@ -35,7 +36,7 @@ class ModelRunner:
             tensors[name] = tensor
             on_parameter(name)
         self.weight_bytes = sum(tensor.nbytes for tensor in tensors.values())
-        self.module = _executable(program, tensors)
+        self.module = _executable(program, tensors, device)
         self.caches: list[Tensor] = []
 
     def allocate(self, num_pages: int, page_size: int) -> None:
@@ -54,10 +55,14 @@ class ModelRunner:
         """Nothing is kept per request: its pages are the KV manager's."""
 
 
-def _executable(program: Program, tensors: dict[str, Tensor]) -> nn.Module:
-    """The program's graph over real tensors; the program keeps its own."""
+def _executable(program: Program, tensors: dict[str, Tensor], device: str) -> nn.Module:
+    """The program's graph over real tensors, on their device; the program keeps its own (traced on the CPU)."""
     graph = fx.Graph()
     graph.output(graph.graph_copy(program.graph.graph, {}))
+    for node in graph.nodes:
+        node.args, node.kwargs = map_aggregate(
+            (node.args, node.kwargs), lambda value: torch.device(device) if isinstance(value, torch.device) else value
+        )
     return fx.GraphModule(dict[str, Any](tensors), graph)
 
 

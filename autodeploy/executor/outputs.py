@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
+import itertools
 import threading
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from dataclasses import dataclass, field
@@ -88,7 +91,13 @@ class RequestHandle:
         request = self.request
         text, token_ids = request.text, list(request.output_token_ids)
         completion = CompletionOutput(
-            0, text, token_ids, request.finish_reason, request.stop_reason, text[self._num_chars :], token_ids[self._num_tokens :]
+            0,
+            text,
+            token_ids,
+            request.finish_reason and request.finish_reason.value,
+            request.stop_reason,
+            text[self._num_chars :],
+            token_ids[self._num_tokens :],
         )
         self._num_tokens, self._num_chars = len(token_ids), len(text)
         ids, done = request.prompt_token_ids, request.is_finished
@@ -106,21 +115,23 @@ class RequestHandle:
         return _raised(self.output(timeout))
 
     def __iter__(self) -> Iterator[RequestOutput]:
-        seen = 0
-        while True:
+        for i in itertools.count():
             with self._condition:
-                self._condition.wait_for(lambda: len(self._outputs) > seen)
-                item = self._outputs[seen]
+                self._condition.wait_for(functools.partial(self._has, i))
+                item = self._outputs[i]
             yield _raised(item)
-            seen += 1
             if item.finished:
                 return
+
+    def _has(self, i: int) -> bool:
+        return len(self._outputs) > i
 
     async def __aiter__(self) -> AsyncIterator[RequestOutput]:
         loop, changed, seen = asyncio.get_running_loop(), asyncio.Event(), 0
 
         def wake() -> None:
-            loop.call_soon_threadsafe(changed.set)
+            with contextlib.suppress(RuntimeError):  # the event loop was closed with this iteration unfinished: nobody waits
+                loop.call_soon_threadsafe(changed.set)
 
         with self._condition:
             self._listeners.append(wake)
@@ -139,11 +150,8 @@ class RequestHandle:
 
     async def aresult(self) -> RequestOutput:
         """As `result`, for `await`."""
-        last = None
-        async for last in self:
-            pass
-        assert last is not None
-        return last
+        outputs = [output async for output in self]
+        return outputs[-1]
 
     def __await__(self) -> Generator[Any, None, RequestOutput]:
         return self.aresult().__await__()

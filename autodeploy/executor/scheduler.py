@@ -68,8 +68,7 @@ class CapacityScheduler:
             if request.request_id not in self.running:
                 break  # preempted for an older one, as are all that follow
             self._grow(request, preempted)
-        if not preempted:  # else what was just freed would be taken back at once
-            self._admit()
+        self._admit()  # no request just preempted: it leads the queue, and part of its pages are taken
         return preempted
 
     def _grow(self, request: Request, preempted: list[Request]) -> None:

@@ -15,6 +15,7 @@ class Timeline:
 
     def __init__(self, show: bool | None = None) -> None:
         self.seconds: dict[str, float] = {}
+        self.cpu_seconds: dict[str, float] = {}
         console = Console(stderr=True)
         columns = (TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         self._progress = Progress(*columns, console=console, disable=not (console.is_terminal if show is None else show))
@@ -22,14 +23,15 @@ class Timeline:
     @contextmanager
     def phase(self, name: str, total: int = 1) -> Iterator[Callable[..., None]]:
         """Time one phase; the value is a function to call at each of its `total` steps."""
-        started = time.perf_counter()
+        started, cpu_started = time.perf_counter(), time.process_time()
         self._progress.start()
         task = self._progress.add_task(name, total=total)
         try:
             yield lambda *_: self._progress.advance(task)
             self._progress.update(task, completed=total)
         finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+            self.seconds[name] = time.perf_counter() - started
+            self.cpu_seconds[name] = time.process_time() - cpu_started
             self._progress.stop()
 
     def __str__(self) -> str:

@@ -31,8 +31,6 @@ SAME_IF_UNCHANGED = {
 }
 """Ops that are the identity when shape, strides and dtype of their first argument stay."""
 
-ALWAYS_SAME = {aten.dropout.default: lambda node: not node.args[2]}
-
 
 @dataclass(frozen=True, kw_only=True)
 class Cleanup(Transform):
@@ -62,17 +60,17 @@ class Cleanup(Transform):
 
 
 def is_identity(node: fx.Node) -> bool:
-    if node.target in ALWAYS_SAME:
-        return ALWAYS_SAME[node.target](node)
+    if node.target is aten.dropout.default:
+        return node.args[2] is False
     if node.target is aten.slice.Tensor:
         start, step = node.args[2] if len(node.args) > 2 else 0, node.args[4] if len(node.args) > 4 else 1
-        return start in (0, None) and step == 1 and _same_value(node)
+        return bool(start in (0, None) and step == 1) and _same_value(node)
     return node.target in SAME_IF_UNCHANGED and _same_value(node)
 
 
 def _same_value(node: fx.Node) -> bool:
     before, after = val(node.args[0]), val(node)
-    return (
+    return bool(
         isinstance(before, torch.Tensor)
         and before.dtype == after.dtype
         and before.device == after.device
@@ -94,7 +92,11 @@ def is_pure(node: fx.Node) -> bool:
     """A call (or parameter) whose value depends on its arguments alone and which writes nothing."""
     if node.op == "get_attr":
         return True
-    return isinstance(node.target, torch._ops.OpOverload) and not node.is_impure() and torch.Tag.nondeterministic_seeded not in node.target.tags
+    return (
+        isinstance(node.target, torch._ops.OpOverload)
+        and not node.is_impure()
+        and torch.Tag.nondeterministic_seeded not in node.target.tags
+    )
 
 
 def _key(node: fx.Node) -> Any:

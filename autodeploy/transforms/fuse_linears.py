@@ -13,13 +13,13 @@ from torch import fx
 from autodeploy.program import Program
 from autodeploy.specs import Target
 from autodeploy.transforms.base import Effect, Transform
-from autodeploy.transforms.rewrite import aten, calls, erase_dead, evaluate_node, insert_call, insert_parameter, val
+from autodeploy.transforms.rewrite import aten, calls, erase_unused, evaluate_node, insert_call, insert_parameter, val
 from autodeploy.weights import Cat
 
 
 @dataclass(frozen=True, kw_only=True)
 class FuseLinears(Transform):
-    """Query, key and value projections (and gate and up) as one matrix product; the weights are joined by recipe before any is loaded.
+    """Query, key and value projections (and gate and up) as one matrix product, the weights joined by recipe.
 
     before:  q = linear(x, Wq); k = linear(x, Wk); v = linear(x, Wv)
     after:   q, k, v = split(linear(x, cat(Wq, Wk, Wv)))
@@ -57,7 +57,7 @@ def _fuse(program: Program, group: list[fx.Node]) -> None:
     parts = insert_call(program, first, aten.split_with_sizes.default, product, sizes, -1)
     for i, node in enumerate(group):
         node.replace_all_uses_with(insert_call(program, first, operator.getitem, parts, i))
-    erase_dead(program)
+    erase_unused(*group)
     for part in parts.users:
         for user in part.users:
             evaluate_node(program, user)  # their strides have changed

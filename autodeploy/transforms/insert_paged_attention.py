@@ -51,11 +51,20 @@ class InsertPagedAttention(Transform):
 
 
 def _describe(node: fx.Node) -> AttentionLayer:
-    q, k, v, sinks, scale, window, softcap, _ = node.args
+    args: Any = node.args
+    q, k, v, sinks, scale, window, softcap, _ = args
     (_, num_heads, _, head_dim_k), (_, num_kv_heads, _, head_dim_v) = val(q).shape, val(v).shape
     dtype = str(val(k).dtype).removeprefix("torch.")
     return AttentionLayer(
-        num_heads, num_kv_heads, head_dim_k, head_dim_v, dtype, scale, window, softcap, sinks is not None  # pyright: ignore
+        num_heads,
+        num_kv_heads,
+        head_dim_k,
+        head_dim_v,
+        dtype,
+        scale,
+        window,
+        softcap,
+        sinks is not None,  # pyright: ignore
     )
 
 

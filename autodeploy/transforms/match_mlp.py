@@ -13,7 +13,7 @@ from autodeploy.specs import Target
 from autodeploy.transforms.base import Effect, Transform
 from autodeploy.transforms.rewrite import aten, calls, replace_call, val
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[Any, str] = {
     aten.silu.default: "silu",
     aten.gelu.default: "gelu",
     aten.relu.default: "relu",

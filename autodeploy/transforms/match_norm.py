@@ -11,7 +11,7 @@ from autodeploy import custom_ops as ops
 from autodeploy.program import Program
 from autodeploy.specs import Target
 from autodeploy.transforms.base import Effect, Transform
-from autodeploy.transforms.rewrite import Call, MaybeCast, Var, aten, calls, first_match, replace_call, val
+from autodeploy.transforms.rewrite import CASTS, Bindings, Call, MaybeCast, Var, aten, calls, first_match, replace_call, val
 
 ADD, MUL, SUB = aten.add.Tensor, aten.mul.Tensor, aten.sub.Tensor
 x, eps, weight = Var("x"), Var("eps", lambda value: isinstance(value, float)), Var("weight")
@@ -42,9 +42,7 @@ RMS_NORMS: dict[tuple[float, bool, int], Any] = {
 
 BARE_RMS_NORMS = {form: MaybeCast(normed) for form, normed in enumerate(NORMED)}
 
-LAYER_NORM = MaybeCast(
-    Call(MUL, MaybeCast(weight), Call(MUL, CENTERED, Call(aten.rsqrt.default, _mean_square(CENTERED))))
-)
+LAYER_NORM = MaybeCast(Call(MUL, MaybeCast(weight), Call(MUL, CENTERED, Call(aten.rsqrt.default, _mean_square(CENTERED)))))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,52 +58,51 @@ class MatchNorm(Transform):
 
     def apply(self, program: Program, target: Target) -> int:
         return (
-            _match_weighted(program)
-            + _match_layer_norm(program)
-            + _match_bare(program)
+            sum(_rewrite_layer_norm(program, node) for node in _results(program))  # first: a centred rms_norm is part of it
+            + sum(_rewrite_weighted(program, node) for node in _results(program))
+            + sum(_rewrite_bare(program, node) for node in _results(program))
             + sum(_take_over(program, node) for node in calls(program, aten.layer_norm.default))
         )
 
 
 def _results(program: Program) -> list[fx.Node]:
     """Where a norm may end, last first, so that a cast belongs to the norm it closes."""
-    return calls(program, MUL, aten.to.dtype, aten.type_as.default)[::-1]
+    return calls(program, MUL, *CASTS)[::-1]
 
 
-def _rounds_to(node: fx.Node, value: fx.Node) -> bool:
-    return val(node).dtype == val(value).dtype
+def _keeps_dtype(node: fx.Node, m: Bindings) -> bool:
+    return val(node).dtype == val(m["x"]).dtype
 
 
-def _match_weighted(program: Program) -> int:
-    rewrites = 0
-    for node in _results(program):
-        if node.users and (found := first_match(RMS_NORMS, node)):
-            (offset, in_float, _), m = found
-            if _is_vector(m["weight"], m["x"]) and _rounds_to(node, m["x"]):
-                replace_call(program, node, ops.rms_norm, m["x"], m["weight"], m["eps"], offset, in_float)
-                program.graph.graph.eliminate_dead_code()
-                rewrites += 1
-    return rewrites
+def _has_weight_vector(node: fx.Node, m: Bindings) -> bool:
+    """The weight is a parameter over the last dim alone; the other factor could be any tensor (a gate, a scale per layer)."""
+    weight = m["weight"]
+    is_parameter = isinstance(weight, fx.Node) and weight.op == "get_attr"
+    return is_parameter and val(weight).shape == val(m["x"]).shape[-1:] and _keeps_dtype(node, m)
 
 
-def _match_bare(program: Program) -> int:
-    rewrites = 0
-    for node in _results(program):
-        if node.users and (found := first_match(BARE_RMS_NORMS, node)) and _rounds_to(node, found[1]["x"]):
-            replace_call(program, node, ops.rms_norm, found[1]["x"], None, found[1]["eps"], 0.0, False)
-            program.graph.graph.eliminate_dead_code()
-            rewrites += 1
-    return rewrites
+def _rewrite_weighted(program: Program, node: fx.Node) -> int:
+    if not node.users or not (found := first_match(RMS_NORMS, node, _has_weight_vector)):
+        return 0
+    (offset, in_float, _), m = found
+    replace_call(program, node, ops.rms_norm, m["x"], m["weight"], m["eps"], offset, in_float)
+    return 1
 
 
-def _match_layer_norm(program: Program) -> int:
-    rewrites = 0
-    for node in _results(program):
-        if node.users and (found := first_match({0: LAYER_NORM}, node)) and _rounds_to(node, found[1]["x"]):
-            replace_call(program, node, ops.layer_norm, found[1]["x"], found[1]["weight"], None, found[1]["eps"])
-            program.graph.graph.eliminate_dead_code()
-            rewrites += 1
-    return rewrites
+def _rewrite_bare(program: Program, node: fx.Node) -> int:
+    if not node.users or not (found := first_match(BARE_RMS_NORMS, node, _keeps_dtype)):
+        return 0
+    m = found[1]
+    replace_call(program, node, ops.rms_norm, m["x"], None, m["eps"], 0.0, False)
+    return 1
+
+
+def _rewrite_layer_norm(program: Program, node: fx.Node) -> int:
+    if not node.users or not (found := first_match({0: LAYER_NORM}, node, _keeps_dtype)):
+        return 0
+    m = found[1]
+    replace_call(program, node, ops.layer_norm, m["x"], m["weight"], None, m["eps"])
+    return 1
 
 
 def _take_over(program: Program, node: fx.Node) -> int:
@@ -115,8 +112,3 @@ def _take_over(program: Program, node: fx.Node) -> int:
     padded = [*node.args, *(None, None, 1e-5)[len(node.args) - 2 :]]
     replace_call(program, node, ops.layer_norm, padded[0], padded[2], padded[3], padded[4])
     return 1
-
-
-def _is_vector(weight: Any, value: fx.Node) -> bool:
-    """A weight over the last dim alone: the other factor could be any tensor (a gate, a scale per layer)."""
-    return isinstance(weight, fx.Node) and val(weight).shape == val(value).shape[-1:] and weight.op == "get_attr"

@@ -12,13 +12,17 @@ from autodeploy import custom_ops as ops
 from autodeploy.program import Program
 from autodeploy.specs import Target
 from autodeploy.transforms.base import Effect, Transform
-from autodeploy.transforms.rewrite import Call, Var, aten, calls, first_match, replace_call, val
+from autodeploy.transforms.rewrite import Bindings, Call, Var, aten, calls, first_match, replace_call, val
 
 x, cos, sin, half = Var("x"), Var("cos"), Var("sin"), Var("half", lambda value: isinstance(value, int))
 END = Var("end", lambda value: value == sys.maxsize)
 DIM = Var("last", lambda value: value in (3, -1))
 
-HALVES = Call(aten.cat.default, [Call(aten.neg.default, Call(aten.slice.Tensor, x, DIM, half, END)), Call(aten.slice.Tensor, x, DIM, 0, half)], -1)
+HALVES = Call(
+    aten.cat.default,
+    [Call(aten.neg.default, Call(aten.slice.Tensor, x, DIM, half, END)), Call(aten.slice.Tensor, x, DIM, 0, half)],
+    -1,
+)
 ODD = Call(aten.neg.default, Call(aten.slice.Tensor, x, DIM, 1, END, 2))
 EVEN = Call(aten.slice.Tensor, x, DIM, 0, END, 2)
 PAIRS = Call(aten.flatten.using_ints, Call(aten.stack.default, [ODD, EVEN], -1), -2)
@@ -43,15 +47,15 @@ class MatchRope(Transform):
     def apply(self, program: Program, target: Target) -> int:
         rewrites = 0
         for node in calls(program, aten.add.Tensor):
-            if (found := first_match(ROPES, node)) and _covers(node, found[1]):
+            if found := first_match(ROPES, node, _covers):
                 interleaved, m = found
                 replace_call(program, node, ops.rope, m["x"], m["cos"], m["sin"], interleaved)
                 rewrites += 1
         return rewrites
 
 
-def _covers(node: fx.Node, bindings: dict[str, fx.Node | int]) -> bool:
+def _covers(node: fx.Node, m: Bindings) -> bool:
     """The halves are halves, and cos and sin do not widen x."""
-    value = val(bindings["x"])
-    halves = "half" not in bindings or 2 * bindings["half"] == value.shape[-1]  # pyright: ignore
-    return bool(halves) and val(node).dim() == value.dim() and val(node).dtype == value.dtype
+    value = val(m["x"])
+    halves = "half" not in m or 2 * m["half"] == value.shape[-1]
+    return halves and val(node).dim() == value.dim() and val(node).dtype == value.dtype

@@ -28,7 +28,9 @@ class Pipeline:
 
     def index(self, name: str) -> int:
         if name not in self.names():
-            raise ConfigError(f"no pass named '{name}' in the pipeline.{did_you_mean(name, self.names())} It has: {', '.join(self.names())}")
+            raise ConfigError(
+                f"no pass named '{name}' in the pipeline.{did_you_mean(name, self.names())} It has: {', '.join(self.names())}"
+            )
         return self.names().index(name)
 
     def insert_before(self, name: str, item: Transform) -> Pipeline:
@@ -50,7 +52,9 @@ class Pipeline:
         known = list(item.__dataclass_fields__)
         for option in options:
             if option not in known:
-                raise ConfigError(f"pass '{name}' has no option '{option}'.{did_you_mean(option, known)} It has: {', '.join(known) or 'none'}")
+                raise ConfigError(
+                    f"pass '{name}' has no option '{option}'.{did_you_mean(option, known)} It has: {', '.join(known) or 'none'}"
+                )
         return self.replace(name, replace(item, **options))
 
     def _spliced(self, at: int, removed: int, item: Transform) -> Pipeline:

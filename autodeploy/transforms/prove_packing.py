@@ -128,7 +128,8 @@ class Walk:
 
     def coefficient(self, value: torch.Tensor, dim: int) -> int:
         """c of a dim of size c * T; 0 when it has another form."""
-        ratio = sympy.sympify(value.shape[dim].node.expr) / self.symbol
+        size: Any = value.shape[dim]
+        ratio = sympy.sympify(size.node.expr) / self.symbol
         return int(ratio) if ratio.is_Integer else 0
 
     def row_stride(self, value: torch.Tensor, dim: int) -> int:
@@ -226,38 +227,37 @@ def _reshapes(walk: Walk, node: fx.Node) -> None:
         refuse(node, "it reshapes across tokens")
 
 
+RULE_NAMES: dict[Check, str] = {
+    _allowed: """
+        permute transpose.int t movedim.int swapaxes numpy_T unsqueeze squeeze squeeze.dim squeeze.dims expand expand_as repeat
+        contiguous clone copy to.dtype to.device to.dtype_layout _to_copy type_as alias detach lift_fresh_copy embedding
+        zeros ones full empty.memory_format zeros_like ones_like full_like new_zeros new_ones new_full new_empty
+        sym_size.int scalar_tensor one_hot""",
+    _pointwise: "multiply.Tensor divide.Tensor subtract.Tensor where.ScalarOther where.ScalarSelf where.Scalar",
+    _reduces: """
+        sum sum.dim_IntList mean mean.dim prod.dim_int amax amin max max.dim min min.dim argmax argmin any.dim all.dim
+        var.correction var.dim var_mean.correction std.correction std.dim norm.ScalarOpt_dim linalg_vector_norm
+        softmax.int log_softmax.int logsumexp cumsum cumprod topk sort argsort glu flip""",
+    _takes_part: """
+        slice.Tensor select.int narrow split.Tensor split_with_sizes chunk unbind.int unfold index_select gather scatter.src
+        index_add slice_scatter repeat_interleave.self_int""",
+    _joins: "cat stack",
+    _indexes: "index.Tensor",
+    _multiplies: "matmul bmm mm linear addmm",
+    _sums_letters: "einsum",
+    _reshapes: "reshape view _unsafe_view flatten.using_ints unflatten.int",
+    _normalizes_last: "layer_norm rms_norm",
+}
+"""How each aten op is checked; ops tagged pointwise are `_pointwise` without being listed."""
+
+
 def _rule_table() -> dict[Any, Check]:
-    moves = "permute.default transpose.int t.default movedim.int unsqueeze.default squeeze.dim squeeze.dims squeeze.default expand.default "
-    moves += "contiguous.default clone.default to.dtype to.device to.dtype_layout type_as.default alias.default detach.default "
-    moves += "expand_as.default embedding.default swapaxes.default numpy_T.default lift_fresh_copy.default "
-    makes = "zeros.default ones.default full.default empty.memory_format zeros_like.default ones_like.default full_like.default "
-    makes += "new_zeros.default new_ones.default new_full.default new_empty.default _to_copy.default copy.default repeat.default sym_size.int scalar_tensor.default one_hot.default"
-    reduces = "sum.dim_IntList mean.dim mean.default sum.default amax.default amin.default max.dim min.dim max.default min.default "
-    reduces += "softmax.int log_softmax.int var.correction var.dim std.correction norm.ScalarOpt_dim linalg_vector_norm.default "
-    reduces += "topk.default sort.default argmax.default argmin.default cumsum.default cumprod.default logsumexp.default "
-    reduces += "any.dim all.dim prod.dim_int glu.default flip.default argsort.default std.dim var_mean.correction"
-    parts = "slice.Tensor select.int narrow.default split.Tensor split_with_sizes.default chunk.default unbind.int "
-    parts += "index_select.default gather.default scatter.src unfold.default repeat_interleave.self_int index_add.default slice_scatter.default"
-    groups: list[tuple[str, Check]] = [
-        (moves + makes, _allowed),
-        (reduces, _reduces),
-        (parts, _takes_part),
-        ("multiply.Tensor divide.Tensor subtract.Tensor where.ScalarOther where.ScalarSelf where.Scalar", _pointwise),
-        ("cat.default stack.default", _joins),
-        ("index.Tensor", _indexes),
-        ("matmul.default bmm.default mm.default linear.default addmm.default", _multiplies),
-        ("einsum.default", _sums_letters),
-        ("reshape.default view.default _unsafe_view.default flatten.using_ints unflatten.int", _reshapes),
-        ("layer_norm.default rms_norm.default", _normalizes_last),
-    ]
-    table: dict[Any, Check] = {}
-    for names, rule in groups:
+    table: dict[Any, Check] = {operator.getitem: _allowed, ops.attention.overload: _allowed}
+    for rule, names in RULE_NAMES.items():
         for name in names.split():
             packet, _, overload = name.partition(".")
-            if (op := getattr(getattr(aten, packet, None), overload, None)) is not None:
-                table[op] = rule
-    table[ops.attention.overload] = _allowed
+            table[getattr(getattr(aten, packet), overload or "default")] = rule
     return table
 
 
-RULES = _rule_table() | {operator.getitem: _allowed}
+RULES = _rule_table()

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 
@@ -55,10 +56,21 @@ def insert_call(program: Program, before: fx.Node, target: Any, *args: Any, name
 
 
 def replace_call(program: Program, old: fx.Node, target: Any, *args: Any) -> fx.Node:
-    """A new call in the place of an old one; the old one is left without users."""
+    """A new call in the place of an old one, which goes, together with what only it used (a gone node has no users)."""
     node = insert_call(program, old, target, *args)
     old.replace_all_uses_with(node)
+    erase_unused(old)
     return node
+
+
+def erase_unused(*nodes: fx.Node) -> None:
+    """Erase calls without users, and what becomes unused by that."""
+    waiting = list(nodes)
+    while waiting:
+        node = waiting.pop()
+        if not node.users and node.op == "call_function" and not node.is_impure() and node in node.graph._find_nodes_lookup_table:
+            waiting += node.all_input_nodes
+            node.graph.erase_node(node)
 
 
 def insert_parameter(program: Program, before: fx.Node, name: str, value: torch.Tensor) -> fx.Node:
@@ -88,10 +100,8 @@ def insert_input(program: Program, name: str, spec: InputSpec, sizes: tuple[int,
         node = graph.placeholder(name)
     dynamic = [DimDynamic.STATIC if isinstance(size, int) else DimDynamic.DYNAMIC for size in spec.shape]
     context = StatelessSymbolicContext(dynamic_sizes=dynamic)  # pyright: ignore
-    source = torch._dynamo.source.ConstantSource(name)
-    example = torch.zeros(sizes, dtype=getattr(torch, spec.dtype), device="meta").to("meta")
-    mode = fake_mode(program)
-    node.meta["val"] = mode.from_tensor(torch.zeros(example.shape, dtype=example.dtype), symbolic_context=context, source=source)
+    example = torch.zeros(sizes, dtype=getattr(torch, spec.dtype))
+    node.meta["val"] = fake_mode(program).from_tensor(example, symbolic_context=context, source=ConstantSource(name))
     return node
 
 
@@ -118,7 +128,7 @@ class Var:
 
 @dataclass(frozen=True, init=False)
 class Call:
-    """Matches a call of one of `targets` on these arguments; trailing arguments that the node has beyond them are not looked at."""
+    """Matches a call of one of `targets` that begins with these arguments; further ones are not looked at."""
 
     targets: tuple[Any, ...]
     args: tuple[Any, ...]
@@ -130,7 +140,7 @@ class Call:
 
 @dataclass(frozen=True)
 class MaybeCast:
-    """Matches the inner pattern with or without a dtype cast around it."""
+    """Matches the inner pattern below a dtype cast, or without one."""
 
     inner: Any
 
@@ -140,13 +150,13 @@ def match(pattern: Any, value: Any, bindings: Bindings | None = None) -> Iterato
     bindings = bindings or {}
     if isinstance(pattern, Var):
         bound = bindings.get(pattern.name, value)
-        if bound is value or (not isinstance(value, fx.Node) and bound == value):
-            if pattern.where is None or pattern.where(value):
-                yield {**bindings, pattern.name: value}
+        same = bound is value or (not isinstance(value, fx.Node) and bound == value)
+        if same and (pattern.where is None or pattern.where(value)):
+            yield {**bindings, pattern.name: value}
     elif isinstance(pattern, MaybeCast):
-        yield from match(pattern.inner, value, bindings)
         if isinstance(value, fx.Node) and value.op == "call_function" and value.target in CASTS:
             yield from match(pattern.inner, value.args[0], bindings)
+        yield from match(pattern.inner, value, bindings)
     elif isinstance(pattern, Call):
         yield from _match_call(pattern, value, bindings)
     elif isinstance(pattern, list | tuple):
@@ -175,9 +185,12 @@ def _match_all(patterns: tuple[Any, ...], values: tuple[Any, ...], bindings: Bin
         yield from _match_all(patterns[1:], values[1:], first)
 
 
-def first_match(patterns: dict[Any, Any], node: fx.Node) -> tuple[Any, Bindings] | None:
-    """(key, bindings) of the first pattern that the node is."""
+def first_match(
+    patterns: dict[Any, Any], node: fx.Node, where: Callable[[fx.Node, Bindings], bool]
+) -> tuple[Any, Bindings] | None:
+    """(key, bindings) of the first way in which the node is one of the patterns and `where` agrees."""
     for key, pattern in patterns.items():
         for bindings in match(pattern, node):
-            return key, bindings
+            if where(node, bindings):
+                return key, bindings
     return None

@@ -117,13 +117,13 @@ def test_text_comes_without_waiting_for_the_end(tokenizer: PreTrainedTokenizerFa
     assert sum(bool(piece) for piece in pieces(tokenizer, token_ids)[:-1]) >= len(token_ids) - 1
 
 
-def test_a_long_invalid_run_is_not_held_for_ever() -> None:
-    tokenizer = TOKENIZERS["byte_level"]
-    for text in ("\ufffd" * 200, "a" + "\ufffd" * 200):
-        token_ids = ids_of(tokenizer, text)
-        found = pieces(tokenizer, token_ids)
-        assert "".join(found) == text
-        assert len(found[-1]) <= 20
+@pytest.mark.parametrize("name", ["byte_level", "byte_fallback"])
+@pytest.mark.parametrize("text", ["\ufffd" * 200, "a" + "\ufffd" * 200, "\ufffd" * 5 + "\u0800", "\ufffd" * 50 + "😀"])
+def test_a_long_run_of_replacements_is_not_held_for_ever(name: str, text: str) -> None:
+    tokenizer = TOKENIZERS[name]
+    found = pieces(tokenizer, ids_of(tokenizer, text))
+    assert "".join(found) == text
+    assert len(found[-1]) <= 20
 
 
 def test_an_unfinished_character_is_flushed_at_the_end() -> None:

@@ -134,6 +134,12 @@ def test_min_tokens_hold_off_every_stop() -> None:
     assert len(feed(make(min_tokens=3, max_new_tokens=2), "$$$$")) == 2
 
 
+def test_a_stop_string_before_min_tokens_is_text_like_any_other() -> None:
+    request = make(min_tokens=2, stop=["a", "xy"])
+    assert feed(request, "axbxy") == ["a", "a", "axb", "axb", "axb"]
+    assert request.stop_reason == "xy"
+
+
 def test_only_the_first_finish_counts() -> None:
     request = make()
     request.finish(FinishReason.ABORT)

@@ -16,7 +16,13 @@ def make(request_id: int, prompt: int, max_new_tokens: int = 8) -> Request:
 
 
 def scheduler(
-    *requests: Request, num_pages: int = 100, page_size: int = 4, batch: int = 8, tokens: int = 16, length: int = 64, **options: Any
+    *requests: Request,
+    num_pages: int = 100,
+    page_size: int = 4,
+    batch: int = 8,
+    tokens: int = 16,
+    length: int = 64,
+    **options: Any,
 ) -> Scheduler:
     result = Scheduler(KVCacheManager(num_pages, page_size), batch, tokens, length, **options)
     for request in requests:

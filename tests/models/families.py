@@ -1,4 +1,4 @@
-"""Small stock configs of dense families, each with the mechanisms of its family switched on. Data only: the package knows none of them."""
+"""Small stock configs of dense families, each with the mechanisms of its family switched on. The package knows none of them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,15 @@ COMMON: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-GPT2_NAMES = {"vocab_size": 256, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256, "bos_token_id": 1, "eos_token_id": 2}
+GPT2_NAMES = {
+    "vocab_size": 256,
+    "n_embd": 64,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 MIXED = {
     "num_hidden_layers": 4,
     "sliding_window": 8,
@@ -119,7 +127,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3_longrope": ("phi3", {"original_max_position_embeddings": 64, **rope("longrope", **LONG)}),
     "qwen2": (
         "qwen2",
-        {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1, "layer_types": ["full_attention", "sliding_attention"]},
+        {
+            "use_sliding_window": True,
+            "sliding_window": 8,
+            "max_window_layers": 1,
+            "layer_types": ["full_attention", "sliding_attention"],
+        },
     ),
     "qwen3": ("qwen3", {"head_dim": 16}),
     "seed_oss": ("seed_oss", {"head_dim": 16}),
@@ -139,7 +152,7 @@ def make_config(name: str, **overrides: Any) -> Any:
 
 
 def make_model(name: str, seed: int = 0, **overrides: Any) -> Any:
-    """A stock model with every weight moved away from its initial value, norms, biases and sinks too, so that a lost one shows."""
+    """A stock model with every weight moved off its initial value, norms, biases and sinks too, so that a lost one shows."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(make_config(name, **overrides), attn_implementation="eager").eval()
     with torch.no_grad():

@@ -1,0 +1,142 @@
+"""The `autodeploy` command. Heavy imports wait until a command runs, so that --help is quick."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from autodeploy.config import SamplingParams
+from autodeploy.demo_questions import check, held_out_questions
+from autodeploy.errors import AutoDeployError
+
+if TYPE_CHECKING:
+    from autodeploy import LLM
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Compile an unmodified Hugging Face model and serve it.")
+out, err = Console(), Console(stderr=True)
+
+DEMO_MODEL = Path(__file__).parent / "demo_model"
+Model = Annotated[str, typer.Argument(help="A checkpoint folder.")]
+Backend = Annotated[str, typer.Option(help="autodeploy, or pytorch for the eager reference.")]
+Dtype = Annotated[str, typer.Option(help="Element type of weights and activations; auto is the checkpoint's.")]
+
+
+def main() -> None:
+    """Entry point: an error that autodeploy raises on purpose is one line, not a traceback."""
+    try:
+        app()
+    except AutoDeployError as error:
+        err.print(f"[red]{type(error).__name__}[/red]: {error}", highlight=False, markup=True, soft_wrap=True)
+        raise SystemExit(1) from None
+
+
+@app.command()
+def demo(
+    questions: Annotated[int, typer.Option(help="How many questions the score is taken over.", min=1)] = 500,
+    shown: Annotated[int, typer.Option(help="How many of them are printed.", min=0)] = 10,
+    backend: Backend = "autodeploy",
+) -> None:
+    """Compile the shipped model, ask it questions it was not trained on, and score the answers."""
+    from autodeploy import LLM
+    from autodeploy.report.tables import pass_table
+
+    asked = held_out_questions(questions)
+    talks = [[{"role": "user", "content": question.prompt}] for question in asked]
+    with LLM(str(DEMO_MODEL), backend=backend) as llm:
+        started = time.perf_counter()
+        outputs = llm.chat(talks, SamplingParams(max_tokens=32))
+        seconds = time.perf_counter() - started
+        assert isinstance(outputs, list)
+        answers = [output.outputs[0] for output in outputs]
+        table = Table("question", "answer", "", title="questions the model was not trained on")
+        for question, answer in list(zip(asked, answers, strict=True))[:shown]:
+            table.add_row(question.prompt, answer.text, "right" if check(question, answer.text) else f"wrong: {question.answer}")
+        out.print(table)
+        if backend == "autodeploy":
+            out.print(pass_table(llm.compiled.program))
+        out.print(f"start-up: {llm.compiled.timeline}")
+    right = sum(check(question, answer.text) for question, answer in zip(asked, answers, strict=True))
+    tokens = sum(answer.length for answer in answers)
+    out.print(f"exact match: {right} of {len(asked)} ({100 * right / len(asked):.1f} %)")
+    out.print(f"generated {tokens} tokens in {seconds:.2f} s: {tokens / seconds:.0f} tokens/s")
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[list[str], typer.Option(help="A prompt; may be given several times.")],
+    max_tokens: Annotated[int, typer.Option(help="The most tokens to generate for each.", min=0)] = 32,
+    temperature: Annotated[float | None, typer.Option(help="Draw tokens at this temperature; greedy when absent.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Probability mass that is kept.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="How many of the most likely tokens are kept.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the draws.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Text at which to stop; may be given several times.")] = None,
+    chat: Annotated[bool, typer.Option(help="Put each prompt through the chat template.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object per prompt.")] = False,
+    backend: Backend = "autodeploy",
+    dtype: Dtype = "auto",
+) -> None:
+    """Generate for one or several prompts."""
+    from autodeploy import LLM
+
+    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, stop=stop)
+    with LLM(model, backend=backend, dtype=dtype) as llm:
+        outputs = _chat(llm, prompt, params) if chat else llm.generate(prompt, params)
+    for text, output in zip(prompt, outputs, strict=True):
+        answer = output.outputs[0]
+        if as_json:
+            fields = {"prompt": text, "text": answer.text, "token_ids": answer.token_ids, "finish_reason": answer.finish_reason}
+            print(json.dumps({**fields, **({"error": str(output.error)} if output.error else {})}))
+        else:
+            print(answer.text)
+    if (failed := next((output.error for output in outputs if output.error), None)) is not None:
+        raise failed
+
+
+def _chat(llm: LLM, prompts: list[str], params: SamplingParams) -> list[Any]:
+    outputs = llm.chat([[{"role": "user", "content": text}] for text in prompts], params)
+    assert isinstance(outputs, list)
+    return outputs
+
+
+@app.command()
+def inspect(
+    model: Model,
+    dtype: Dtype = "auto",
+    program: Annotated[bool, typer.Option(help="Print the program's text too.")] = True,
+) -> None:
+    """Compile without loading weights; print the pass table, kernels, caches and the program."""
+    from autodeploy._compile import trace
+    from autodeploy.config import LLMArgs
+    from autodeploy.report.tables import describe
+    from autodeploy.report.timeline import Timeline
+
+    timeline = Timeline()
+    args = LLMArgs(model=model, dtype=dtype)
+    lowered = trace(model, args, timeline)
+    print(describe(lowered, timeline, args.kv_cache_config.page_size))
+    if program:
+        print(lowered)
+
+
+@app.command("version")
+def show_version() -> None:
+    """Versions of autodeploy and of what it stands on."""
+    print(f"autodeploy {version('autodeploy')}, Python {platform.python_version()}")
+    for name in ("torch", "transformers", "safetensors", "triton", "flashinfer-python"):
+        try:
+            print(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            print(f"{name} not installed")
+
+
+if __name__ == "__main__":
+    main()
