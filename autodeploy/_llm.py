@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, overload
@@ -71,7 +72,8 @@ class LLM:
         if _is_single(inputs):
             return self.generate_async(inputs, spread(sampling_params, 1)[0]).result()
         params = spread(sampling_params, len(inputs))
-        handles = [self._submit(prompt, item, streaming=False) for prompt, item in zip(inputs, params, strict=True)]
+        parsed = [self._parse(prompt, item) for prompt, item in zip(inputs, params, strict=True)]  # all, before one is queued
+        handles = [self._submit(*each, item, streaming=False) for each, item in zip(parsed, params, strict=True)]
         console = Console(stderr=True)
         waited = track(handles, "generating", console=console, disable=not (use_tqdm and console.is_terminal), transient=True)
         return [handle.output() for handle in waited]
@@ -83,7 +85,8 @@ class LLM:
 
         streaming: iterating gives an output per token, else the final one alone.
         """
-        return self._submit(inputs, sampling_params or SamplingParams(), streaming)
+        params = sampling_params or SamplingParams()
+        return self._submit(*self._parse(inputs, params), params, streaming)
 
     def chat(
         self,
@@ -103,8 +106,7 @@ class LLM:
         ]
         return self.generate(prompts[0] if single else prompts, sampling_params, use_tqdm)  # pyright: ignore
 
-    def _submit(self, prompt: Prompt, params: SamplingParams, streaming: bool) -> RequestHandle:
-        text, ids = self._parse(prompt, params)
+    def _submit(self, text: str | None, ids: list[int], params: SamplingParams, streaming: bool) -> RequestHandle:
         detokenizer = None
         if self.tokenizer is not None and params.detokenize:
             detokenizer = IncrementalDetokenizer(
@@ -112,29 +114,33 @@ class LLM:
                 skip_special_tokens=params.skip_special_tokens,
                 spaces_between_special_tokens=params.spaces_between_special_tokens,
             )
-        elif params.stop_strings:
-            raise RequestError("stop strings need a tokenizer, and skip_tokenizer_init=True; use stop_token_ids")
         return self.compiled.submit(ids, params, prompt=text, streaming=streaming, detokenizer=detokenizer)
 
     def _parse(self, prompt: Any, params: SamplingParams) -> tuple[str | None, list[int]]:
+        """Text, if there is any, and token ids. Raises RequestError for what is no prompt."""
+        if self.tokenizer is None and params.stop_strings:
+            raise RequestError("stop strings need a tokenizer, and skip_tokenizer_init=True; use stop_token_ids")
         if isinstance(prompt, Mapping):
             if len(prompt) != 1 or not prompt.keys() <= {"prompt", "prompt_token_ids"}:
                 raise RequestError(f"a prompt dict has either 'prompt' or 'prompt_token_ids', not {sorted(prompt)}")
             prompt = next(iter(prompt.values()))
         if isinstance(prompt, str):
             return prompt, self._encode(prompt, params.add_special_tokens)
-        if all(isinstance(token, int) for token in prompt):
-            return None, list(prompt)
-        raise RequestError(f"a prompt is text or a list of token ids, not {type(prompt).__name__} of {type(prompt[0]).__name__}")
+        if isinstance(prompt, Sequence) and all(isinstance(token, Integral) for token in prompt):
+            return None, [int(token) for token in prompt]
+        kinds = sorted({type(token).__name__ for token in prompt}) if isinstance(prompt, Sequence) else []
+        what = f"{type(prompt).__name__}{' of ' if kinds else ''}{' and '.join(kinds)}"
+        raise RequestError(f"a prompt is text or a list of token ids, not {what}; a tensor or an array has tolist()")
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         if self.tokenizer is None:
             raise RequestError("a text prompt needs a tokenizer, and skip_tokenizer_init=True; give token ids")
-        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens, verbose=False)  # the scheduler judges length
 
 
 def _is_single(inputs: Any) -> bool:
-    return isinstance(inputs, str | Mapping) or not inputs or isinstance(inputs[0], int)
+    is_list = isinstance(inputs, Sequence) and not isinstance(inputs, str)
+    return not is_list or not inputs or isinstance(inputs[0], Integral)
 
 
 def _tokenizer(args: LLMArgs) -> Any:

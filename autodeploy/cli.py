@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from autodeploy import __version__
 from autodeploy.config import SamplingParams
 from autodeploy.demo_questions import check, held_out_questions
 from autodeploy.errors import AutoDeployError
@@ -34,7 +36,8 @@ def main() -> None:
     try:
         app()
     except AutoDeployError as error:
-        err.print(f"[red]{type(error).__name__}[/red]: {error}", highlight=False, markup=True, soft_wrap=True)
+        reason = " ".join(str(error).splitlines())
+        err.print(Text.assemble((type(error).__name__, "red"), f": {reason}"), soft_wrap=True)
         raise SystemExit(1) from None
 
 
@@ -58,7 +61,8 @@ def demo(
         answers = [output.outputs[0] for output in outputs]
         table = Table("question", "answer", "", title="questions the model was not trained on")
         for question, answer in list(zip(asked, answers, strict=True))[:shown]:
-            table.add_row(question.prompt, answer.text, "right" if check(question, answer.text) else f"wrong: {question.answer}")
+            verdict = "right" if check(question, answer.text) else f"wrong: {question.answer}"
+            table.add_row(question.prompt, Text(answer.text), verdict)
         out.print(table)
         if backend == "autodeploy":
             out.print(pass_table(llm.compiled.program))
@@ -130,7 +134,7 @@ def inspect(
 @app.command("version")
 def show_version() -> None:
     """Versions of autodeploy and of what it stands on."""
-    print(f"autodeploy {version('autodeploy')}, Python {platform.python_version()}")
+    print(f"autodeploy {__version__}, Python {platform.python_version()}")
     for name in ("torch", "transformers", "safetensors", "triton", "flashinfer-python"):
         try:
             print(f"{name} {version(name)}")

@@ -43,6 +43,8 @@ class _Logits(nn.Module):
         self.passed = [name for name in ("input_ids", "position_ids") if name in accepted or "kwargs" in accepted]
 
     def forward(self, *tensors: Tensor) -> Tensor:
+        for tensor in tensors[1:]:
+            torch._check(tensor.shape[1] == tensors[0].shape[1])  # one symbol for all
         values = dict(zip(self.inputs, tensors, strict=True))
         self.state.rope_len = values.get("rope_len")
         return self.model(**{name: values[name] for name in self.passed}, use_cache=False).logits

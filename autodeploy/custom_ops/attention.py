@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from autodeploy.custom_ops.op import semantic_op
@@ -86,6 +87,11 @@ def attend(
     num_kv_heads, head_dim_v = k.shape[0], v.shape[2]
     group = num_heads // num_kv_heads
     grouped = q.reshape(num_kv_heads, group, num_queries, -1)
+    if num_queries == 1 and sinks is None and not softcap:  # every key is seen: no mask, and no copy of strided keys
+        seen = slice(max(0, offset - window + 1) if window else 0, offset + 1)
+        out = F.scaled_dot_product_attention(grouped[None, :, :, 0], k[None, :, seen], v[None, :, seen], scale=scale)
+        return out.flatten(0, 2)[None]
+    k, v = k.contiguous(), v.contiguous()
     sink_column = None if sinks is None else sinks.reshape(num_kv_heads, group, 1, 1)
     out = q.new_empty(num_queries, num_kv_heads, group, head_dim_v)
     for start in range(0, num_queries, QUERY_BLOCK):

@@ -49,13 +49,11 @@ class Cleanup(Transform):
         for node in list(graph.nodes):
             if node.op not in ("call_function", "get_attr"):
                 continue
-            if is_identity(node):
-                node.replace_all_uses_with(node.args[0])
-            elif is_pure(node) and (first := seen.setdefault(_key(node), node)) is not node:
-                node.replace_all_uses_with(first)
-            else:
-                continue
-            rewrites += 1
+            same: Any = node.args[0] if is_identity(node) else seen.setdefault(_key(node), node) if is_pure(node) else node
+            if same is not node:
+                node.replace_all_uses_with(same)
+                graph.erase_node(node)
+                rewrites += 1
         return rewrites
 
 

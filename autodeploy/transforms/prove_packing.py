@@ -96,6 +96,8 @@ class Walk:
         values = [val(arg) for arg in node.all_input_nodes]
         if not any(self.depends(value) for value in (*values, val(node))):
             return
+        if isinstance(val(node), torch.SymInt | torch.SymFloat | torch.SymBool):
+            return  # who computes with it is refused
         rule = RULES.get(node.target)
         if rule is None and isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags:
             rule = _pointwise
@@ -176,6 +178,14 @@ def _pointwise(walk: Walk, node: fx.Node) -> None:
             refuse(node, "it computes with the number of tokens in the row")
 
 
+def _fills(walk: Walk, node: fx.Node) -> None:
+    """Sizes may be T, the value may not."""
+    names = {argument.name for argument in node.target._schema.arguments}  # pyright: ignore
+    for name in names & {"fill_value", "s"}:
+        if walk.depends(val(_argument(node, name))):
+            refuse(node, "it computes with the number of tokens in the row")
+
+
 def _reduces(walk: Walk, node: fx.Node) -> None:
     names = {argument.name for argument in node.target._schema.arguments}  # pyright: ignore
     walk.forbid(node, node.args[0], _argument(node, "dim") if "dim" in names else None, "reduces or scans")
@@ -231,8 +241,8 @@ RULE_NAMES: dict[Check, str] = {
     _allowed: """
         permute transpose.int t movedim.int swapaxes numpy_T unsqueeze squeeze squeeze.dim squeeze.dims expand expand_as repeat
         contiguous clone copy to.dtype to.device to.dtype_layout _to_copy type_as alias detach lift_fresh_copy embedding
-        zeros ones full empty.memory_format zeros_like ones_like full_like new_zeros new_ones new_full new_empty
-        sym_size.int scalar_tensor one_hot""",
+        zeros ones empty.memory_format zeros_like ones_like new_zeros new_ones new_empty sym_size.int one_hot""",
+    _fills: "full full_like new_full scalar_tensor",
     _pointwise: "multiply.Tensor divide.Tensor subtract.Tensor where.ScalarOther where.ScalarSelf where.Scalar",
     _reduces: """
         sum sum.dim_IntList mean mean.dim prod.dim_int amax amin max max.dim min min.dim argmax argmin any.dim all.dim

@@ -1,0 +1,181 @@
+"""Each pass finds what it is for, leaves near misses alone, and finds nothing the second time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from autodeploy import ConfigError, TransformError, default_pipeline
+from autodeploy.specs import Target
+from autodeploy.transforms.cleanup import Cleanup
+from autodeploy.transforms.fuse_linears import FuseLinears
+from autodeploy.transforms.gather_logits import GatherLogits
+from autodeploy.transforms.insert_paged_attention import InsertPagedAttention
+from autodeploy.transforms.match_mlp import MatchMLP
+from autodeploy.transforms.match_norm import MatchNorm
+from autodeploy.transforms.match_rope import MatchRope
+from autodeploy.transforms.select_kernels import SelectKernels
+from autodeploy.weights import Cat, Take
+from tests.transforms.helpers import WIDTH, apply, family_program, toy_program
+
+
+def run_family(name: str, **overrides):
+    program, _ = family_program(name, **overrides)
+    default_pipeline().run(program, Target())
+    return program, {record.name: record.rewrites for record in program.history}
+
+
+@pytest.mark.parametrize(
+    ("name", "norms", "ropes", "gated", "fused"),
+    [
+        ("qwen3", 9, 4, 2, 4),  # 2 layers x (2 norms + q and k norms) + final
+        ("gemma2", 17, 8, 4, 8),
+        ("cohere", 7, 4, 2, 2),  # one norm per layer, q and k norms
+        ("gpt2", 5, 0, 0, 0),
+        ("granite_swa", 9, 8, 4, 8),
+        ("minicpm3", 9, 4, 2, 4),
+    ],
+)
+def test_every_norm_rope_activation_and_joint_projection_of_a_family_is_found(name, norms, ropes, gated, fused) -> None:
+    program, rewrites = run_family(name)
+    found = [rewrites[key] for key in ("match_norm", "match_rope", "match_mlp", "fuse_linears")]
+    assert found == [norms, ropes, gated, fused]
+    assert not any("rsqrt" in op for op in program.op_counts())
+
+
+def test_bf16_norms_match_with_their_casts_inside() -> None:
+    program, rewrites = run_family("qwen3", dtype=torch.bfloat16)
+    model_casts = [op for op in program.op_counts() if "rsqrt" in op or "pow" in op]
+    assert rewrites["match_norm"] == 9 and not model_casts
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma3n_text", "cohere"])
+def test_a_second_application_of_each_pass_finds_nothing(name) -> None:
+    program, _ = family_program(name)
+    for item in default_pipeline():
+        apply(program, item)
+        text = str(program).split("inputs:")[1]
+        assert apply(program, item) == [0], item.name
+        assert str(program).split("inputs:")[1] == text, item.name
+
+
+def test_cleanup_drops_what_does_nothing_and_computes_equal_things_once() -> None:
+    def body(toy, x, positions):
+        a = F.dropout(x, 0.5, training=False)[:, 0:]
+        return a.to(a.dtype).exp() + x.exp()
+
+    program, _ = toy_program(body)
+    apply(program, Cleanup())
+    assert {"aten.embedding": 1, "aten.exp": 1, "aten.add.Tensor": 1, "aten.linear": 1} == program.op_counts()
+
+
+def test_a_product_with_a_gate_is_no_norm_weight() -> None:
+    def body(toy, x, positions):
+        normed = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+        return torch.sigmoid(x) * normed
+
+    program, _ = toy_program(body)
+    apply(program, MatchNorm())
+    node = next(node for node in program.graph.graph.nodes if "rms_norm" in node.name)
+    assert node.args[1] is None and "aten.sigmoid" in program.op_counts()
+
+
+def test_a_mean_over_another_dim_is_no_norm() -> None:
+    program, _ = toy_program(lambda toy, x, p: x * torch.rsqrt(x.pow(2).mean(0, keepdim=True) + 1e-6))
+    assert apply(program, MatchNorm()) == [0]
+
+
+def test_rotated_thirds_are_no_rope() -> None:
+    def body(toy, x, positions):
+        x4 = x[:, None]
+        rotated = torch.cat((-x4[..., 5:], x4[..., :5]), dim=-1)
+        return (x4 * x4.cos() + rotated * x4.sin())[:, 0]
+
+    program, _ = toy_program(body)
+    assert apply(program, Cleanup(), MatchRope())[1] == 0
+
+
+def test_an_activation_that_others_read_stays() -> None:
+    def body(toy, x, positions):
+        active = F.silu(x)
+        return active * x + active
+
+    program, _ = toy_program(body)
+    assert apply(program, MatchMLP()) == [0]
+
+
+def test_fused_weights_are_recipes_and_biases_are_fused_with_biases() -> None:
+    def body(toy, x, positions):
+        return toy.extra["a"](x) * toy.extra["b"](x) + toy.extra["c"](x)
+
+    layers = {"a": nn.Linear(WIDTH, WIDTH), "b": nn.Linear(WIDTH, WIDTH), "c": nn.Linear(WIDTH, WIDTH, bias=False)}
+    program, _ = toy_program(body, **layers)
+    assert apply(program, FuseLinears()) == [1]
+    assert program.weights["extra.a_b.weight"] == Cat((Take("extra.a.weight"), Take("extra.b.weight")), dim=0)
+    assert program.weights["extra.a_b.bias"] == Cat((Take("extra.a.bias"), Take("extra.b.bias")), dim=0)
+    assert program.weights["extra.c.weight"] == Take("extra.c.weight")
+    assert "extra.a.weight" not in set(program.weights)
+
+
+def test_a_weight_used_twice_is_not_fused() -> None:
+    def body(toy, x, positions):
+        return toy.extra["a"](x) + toy.extra["b"](x) + toy.extra["a"](x.exp())
+
+    program, _ = toy_program(body, a=nn.Linear(WIDTH, WIDTH), b=nn.Linear(WIDTH, WIDTH))
+    assert apply(program, FuseLinears()) == [0]
+
+
+def test_layers_with_shared_kv_share_one_cache_and_append_once() -> None:
+    program, _ = family_program("gemma3n_text")
+    apply(program, Cleanup(), InsertPagedAttention())
+    counts = program.op_counts()
+    assert counts["autodeploy.paged_attention"] == 4 and counts["autodeploy.kv_append"] == 2
+    assert list(program.caches) == ["kv_cache_0", "kv_cache_1"]
+
+
+def test_windows_become_sliding_window_caches() -> None:
+    program, _ = family_program("gemma2")
+    apply(program, Cleanup(), InsertPagedAttention())
+    assert [getattr(spec, "window", 0) for spec in program.caches.values()] == [8, 0, 8, 0]
+
+
+def test_only_wanted_rows_reach_norm_head_and_softcap() -> None:
+    program, _ = family_program("gemma2")
+    apply(program, Cleanup(), MatchNorm(), InsertPagedAttention(), GatherLogits())
+    order = [node.name for node in program.graph.graph.nodes]
+    select = next(i for i, name in enumerate(order) if name.startswith("index_select"))
+    assert [name.rpartition("_default")[0] or name for name in order[select + 1 :]][:2] == ["rms_norm", "linear_28"]
+    assert "logits_indices" in program.inputs
+
+
+def test_every_semantic_op_gets_a_provider_and_mutating_ones_survive_dead_code_elimination() -> None:
+    program, _ = family_program("qwen3")
+    apply(program, Cleanup(), InsertPagedAttention(), SelectKernels())
+    assert set(program.providers) == {"kv_append", "paged_attention"}
+    program.graph.graph.eliminate_dead_code()
+    assert program.op_counts()["attention.kv_append"] == 2
+
+
+def test_pipeline_edits_are_by_name_with_a_suggestion() -> None:
+    pipeline = default_pipeline()
+    assert pipeline.without("match_rope", "match_mlp").names() == [n for n in pipeline.names() if n not in ("match_rope", "match_mlp")]
+    assert pipeline.insert_after("cleanup", MatchMLP()).names()[:2] == ["cleanup", "match_mlp"]
+    with pytest.raises(ConfigError, match="Did you mean 'match_rope'"):
+        pipeline.insert_before("match_rop", MatchMLP())
+    with pytest.raises(ConfigError, match="no option 'width'"):
+        pipeline.configure("match_mlp", width=3)
+
+
+def test_a_pass_that_leaves_the_program_broken_is_named() -> None:
+    class Breaks(Cleanup):
+        name = "breaks"
+
+        def apply(self, program, target):
+            program.inputs["nonsense"] = program.inputs["input_ids"]
+            return 1
+
+    program, _ = family_program("qwen3", num_hidden_layers=1)
+    with pytest.raises(TransformError, match="breaks.*nonsense.*passes before it: cleanup"):
+        apply(program, Cleanup(), Breaks())
