@@ -51,8 +51,8 @@ class CheckpointSource:
         unsafe = sorted(path.name for pattern in PICKLES for path in self.folder.glob(pattern))
         if unsafe:
             raise CheckpointError(
-                f"{self.folder} holds only pickle weights ({_some(unsafe)}), and loading those can run code. Convert them once, "
-                "where you trust them, with AutoModelForCausalLM.from_pretrained(folder).save_pretrained(other), and use that folder."
+                f"{self.folder} holds only pickle weights ({_some(unsafe)}), and loading those can run code. Convert them "
+                "once, where you trust them: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(another_folder)."
             )
         raise CheckpointError(f"{self.folder} holds no {SINGLE} and no {INDEX}. Point to a folder written by save_pretrained.")
 
