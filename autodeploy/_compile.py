@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from autodeploy.capture.checkpoint import CheckpointSource, checkpoint_dtype, checkpoint_recipes
 from autodeploy.capture.export import capture, live_source
 from autodeploy.capture.patches import rope_thresholds
-from autodeploy.capture.skeleton import build_skeleton, cast_floats, read_config, skeleton_of
+from autodeploy.capture.skeleton import build_skeleton, cast_floats, read_config, read_json, skeleton_of
 from autodeploy.config import LLMArgs, SamplingParams
-from autodeploy.errors import ConfigError, RequestError
+from autodeploy.errors import ConfigError, EngineDeadError, RequestError
 from autodeploy.executor.batch import BatchBuilder
 from autodeploy.executor.engine import ADExecutor
 from autodeploy.executor.kv_cache import KVCacheManager
@@ -55,6 +58,7 @@ def compile(model: Any, **options: Any) -> CompiledModel:
     options: those of `LLM`; see `LLMArgs`. Raises ConfigError, CheckpointError, UnsupportedModelError or TransformError.
     """
     args = LLMArgs(model=model, **options)
+    _refuse_other_models(model)
     timeline = Timeline()
     pipeline = _pipeline(args)
     if args.backend == "pytorch":
@@ -74,6 +78,15 @@ def trace(model: Any, args: LLMArgs, timeline: Timeline) -> Program:
     if isinstance(model, nn.Module):
         return _from_memory(model, args, pipeline, timeline)[0]
     return _from_folder(Path(model), args, pipeline, timeline)[0]
+
+
+def _refuse_other_models(model: Any) -> None:
+    what = type(model).__name__
+    if isinstance(model, nn.Module):
+        if not isinstance(model, PreTrainedModel) or not model.can_generate():
+            raise ConfigError(f"'model' is a {what}, not a causal language model of transformers; use AutoModelForCausalLM")
+    elif not isinstance(model, str | Path):
+        raise ConfigError(f"'model' is a {what}; give a checkpoint folder or a causal language model of transformers")
 
 
 def _pipeline(args: LLMArgs) -> Pipeline:
@@ -116,8 +129,12 @@ def _from_folder(folder: Path, args: LLMArgs, pipeline: Pipeline, timeline: Time
         for name, recipe in checkpoint_recipes(skeleton, source, args.ignore_unexpected_weights).items()
     }
     program, source.initial = _lower(skeleton, dict(skeleton.named_buffers()), recipes, args, pipeline, timeline)
-    generation = GenerationConfig.from_pretrained(folder) if (folder / "generation_config.json").exists() else None
-    return program, source, _facts(config, generation)
+    return program, source, _facts(config, _generation_config(folder))
+
+
+def _generation_config(folder: Path) -> GenerationConfig | None:
+    path = folder / "generation_config.json"
+    return GenerationConfig.from_dict(read_json(path)) if path.exists() else None
 
 
 def _cast(recipe: Recipe, stored: torch.dtype | None, wanted: torch.dtype) -> Recipe:
@@ -143,7 +160,8 @@ def _eager(args: LLMArgs, timeline: Timeline) -> CompiledModel:
             read_config(Path(model))
             CheckpointSource(Path(model))
             model = AutoModelForCausalLM.from_pretrained(model, dtype=args.dtype, trust_remote_code=False, use_safetensors=True)
-    return CompiledModel(args, _facts(model.config, model.generation_config), timeline, EagerRunner(model.eval()), None)
+        own = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})  # tensors shared
+    return CompiledModel(args, _facts(model.config, model.generation_config), timeline, EagerRunner(own.eval()), None)
 
 
 def _facts(config: Any, generation: Any) -> ModelFacts:
@@ -161,7 +179,10 @@ class CompiledModel:
         self.args, self.facts, self.timeline, self.runner = args, facts, timeline, runner
         self._program = program
         self._executor: ADExecutor | None = None
+        self._is_shut_down = False
+        self._lock = threading.Lock()
         self._ids = itertools.count()
+        self._num_pages()  # a pool that is too small is refused now
 
     @property
     def program(self) -> Program:
@@ -175,9 +196,12 @@ class CompiledModel:
 
     @property
     def executor(self) -> ADExecutor:
-        if self._executor is None:
-            self._executor = self._make_executor()
-        return self._executor
+        with self._lock:
+            if self._executor is None:
+                if self._is_shut_down:
+                    raise EngineDeadError("the engine has been shut down; compile again to go on")
+                self._executor = self._make_executor()
+            return self._executor
 
     def report(self) -> str:
         """Passes, providers, caches, weights and start-up time as text."""
@@ -201,11 +225,11 @@ class CompiledModel:
 
         In a list a request that fails has `finish_reason` error and its `error` set; alone it raises it.
         """
-        if not prompts or isinstance(prompts[0], int):
-            return self.submit(list(prompts), _one(sampling_params)).result()  # pyright: ignore
+        if is_single(prompts):
+            return self.submit(token_ids(prompts), spread(sampling_params, 1)[0]).result()
         params = spread(sampling_params, len(prompts))
-        handles = [self.submit(list(ids), item) for ids, item in zip(prompts, params, strict=True)]  # pyright: ignore
-        return [handle.output() for handle in handles]
+        parsed = [token_ids(prompt) for prompt in prompts]  # all, before one is queued
+        return [handle.output() for handle in [self.submit(ids, item) for ids, item in zip(parsed, params, strict=True)]]
 
     def submit(
         self,
@@ -240,6 +264,8 @@ class CompiledModel:
 
     def shutdown(self) -> None:
         """End the executor. No harm when called again."""
+        with self._lock:
+            self._is_shut_down = True
         if self._executor is not None:
             self._executor.shutdown()
 
@@ -288,14 +314,27 @@ def free_memory(device: str) -> int:
     return torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else psutil.virtual_memory().available
 
 
-def _one(params: SamplingParams | Sequence[SamplingParams] | None) -> SamplingParams:
-    return spread(params, 1)[0]
+def is_single(prompts: Any) -> bool:
+    """One prompt, not a list of them (an empty list is an empty prompt)."""
+    is_list = isinstance(prompts, Sequence) and not isinstance(prompts, str)
+    return not is_list or not prompts or isinstance(prompts[0], Integral)
+
+
+def token_ids(prompt: Any) -> list[int]:
+    """A prompt of token ids as ints. Raises RequestError for anything else."""
+    if isinstance(prompt, Sequence) and all(isinstance(token, Integral) for token in prompt):
+        return [int(token) for token in prompt]
+    kinds = sorted({type(token).__name__ for token in prompt}) if isinstance(prompt, Sequence) else []
+    what = f"{type(prompt).__name__}{' of ' if kinds else ''}{' and '.join(kinds)}"
+    raise RequestError(f"a prompt is text or a list of token ids, not {what}; a tensor or an array has tolist()")
 
 
 def spread(params: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int) -> list[SamplingParams]:
     """One SamplingParams per prompt, from none, one, or one each."""
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * num_prompts
+    if not isinstance(params, Sequence) or not all(isinstance(item, SamplingParams) for item in params):
+        raise ConfigError(f"sampling_params is a {type(params).__name__}; give a SamplingParams, or a list of one per prompt")
     if len(params) != num_prompts:
         raise ConfigError(f"{len(params)} sampling_params for {num_prompts} prompts; give one, or one for each")
     return list(params)

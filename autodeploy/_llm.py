@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from numbers import Integral
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, overload
@@ -13,7 +12,7 @@ from rich.progress import track
 from torch import nn
 from transformers import AutoTokenizer
 
-from autodeploy._compile import CompiledModel, compile, spread
+from autodeploy._compile import CompiledModel, compile, is_single, spread, token_ids
 from autodeploy.capture.skeleton import read_config
 from autodeploy.config import LLMArgs, SamplingParams
 from autodeploy.errors import CheckpointError, ConfigError, RequestError
@@ -69,7 +68,7 @@ class LLM:
         A flat list of ints is one prompt. In a list, a request that fails has finish_reason error and its `error` set, and the
         others go on; a single prompt raises. use_tqdm: a progress bar, when there is a terminal to draw it on.
         """
-        if _is_single(inputs):
+        if is_single(inputs):
             return self.generate_async(inputs, spread(sampling_params, 1)[0]).result()
         params = spread(sampling_params, len(inputs))
         parsed = [self._parse(prompt, item) for prompt, item in zip(inputs, params, strict=True)]  # all, before one is queued
@@ -126,21 +125,12 @@ class LLM:
             prompt = next(iter(prompt.values()))
         if isinstance(prompt, str):
             return prompt, self._encode(prompt, params.add_special_tokens)
-        if isinstance(prompt, Sequence) and all(isinstance(token, Integral) for token in prompt):
-            return None, [int(token) for token in prompt]
-        kinds = sorted({type(token).__name__ for token in prompt}) if isinstance(prompt, Sequence) else []
-        what = f"{type(prompt).__name__}{' of ' if kinds else ''}{' and '.join(kinds)}"
-        raise RequestError(f"a prompt is text or a list of token ids, not {what}; a tensor or an array has tolist()")
+        return None, token_ids(prompt)
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         if self.tokenizer is None:
             raise RequestError("a text prompt needs a tokenizer, and skip_tokenizer_init=True; give token ids")
         return self.tokenizer.encode(text, add_special_tokens=add_special_tokens, verbose=False)  # the scheduler judges length
-
-
-def _is_single(inputs: Any) -> bool:
-    is_list = isinstance(inputs, Sequence) and not isinstance(inputs, str)
-    return not is_list or not inputs or isinstance(inputs[0], Integral)
 
 
 def _tokenizer(args: LLMArgs) -> Any:

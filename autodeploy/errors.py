@@ -35,12 +35,13 @@ class CheckpointError(AutoDeployError, ValueError):
 class UnsupportedModelError(AutoDeployError, ValueError):
     """A construct of the model cannot be compiled faithfully.
 
-    `module_path` is the dotted path of the submodule and `source` the "file:line" of the construct; both may be empty.
+    `module_path` is the dotted path of the submodule and `source` the "file:line" of the construct; both may be empty. Where
+    one is given the model itself is fine, and the message says that eager runs it.
     """
 
     def __init__(self, reason: str, *, module_path: str = "", source: str = "") -> None:
         where = [part for part in (module_path and f"in module '{module_path}'", source and f"at {source}") if part]
-        super().__init__(f"{' '.join(where)}: {reason}" if where else reason)
+        super().__init__(f"{' '.join(where)}: {reason}. backend='pytorch' runs this model uncompiled." if where else reason)
         self.reason = reason
         self.module_path = module_path
         self.source = source

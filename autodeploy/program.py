@@ -34,12 +34,18 @@ class Program:
     caches: dict[str, CacheSpec]
     """Placeholders that the executor allocates once, after the inputs."""
     weights: WeightPlan
-    level: Level = Level.EXPORTED
     rope_thresholds: tuple[int, ...] = ()
     """A request whose length crosses one of these is recomputed from its first token."""
     providers: dict[str, str] = field(default_factory=dict)
     """Semantic op -> the provider chosen, and why not the ones before it."""
     history: list[PassRecord] = field(default_factory=list)
+
+    @property
+    def level(self) -> Level:
+        """Exported until a pass has run, lowered once caches are in, canonical between."""
+        if self.caches:
+            return Level.LOWERED
+        return Level.CANONICAL if self.history else Level.EXPORTED
 
     def check(self) -> None:
         """Placeholders are inputs then caches; parameters read are parameters planned; every value is known."""

@@ -61,30 +61,6 @@ class Unary(Recipe):
 
 
 @dataclass(frozen=True)
-class Slice(Unary):
-    dim: int
-    start: int
-    stop: int
-
-    def __str__(self) -> str:
-        return f"slice({self.source}, dim={self.dim}, {self.start}:{self.stop})"
-
-    def apply(self, *tensors: Tensor) -> Tensor:
-        return tensors[0].narrow(self.dim, self.start, self.stop - self.start)
-
-
-@dataclass(frozen=True)
-class Permute(Unary):
-    dims: tuple[int, ...]
-
-    def __str__(self) -> str:
-        return f"permute({self.source}, {self.dims})"
-
-    def apply(self, *tensors: Tensor) -> Tensor:
-        return tensors[0].permute(self.dims).contiguous()
-
-
-@dataclass(frozen=True)
 class Cast(Unary):
     dtype: torch.dtype
 

@@ -217,7 +217,8 @@ def test_error_tree_is_the_one_drawn() -> None:
 
 def test_errors_say_where_and_survive_pickling() -> None:
     first = UnsupportedModelError("a mask from data", module_path="model.layers.0", source="modeling_x.py:12")
-    assert str(first) == "in module 'model.layers.0' at modeling_x.py:12: a mask from data"
+    where, remedy = "in module 'model.layers.0' at modeling_x.py:12", "backend='pytorch' runs this model uncompiled."
+    assert str(first) == f"{where}: a mask from data. {remedy}"
     second = TransformError("shapes differ", transform="match_mlp")
     assert str(second) == "transform 'match_mlp': shapes differ"
     for error in (first, second):

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,6 +22,7 @@ from autodeploy import (
     CheckpointError,
     CompiledModel,
     ConfigError,
+    EngineDeadError,
     ExecutionError,
     RequestError,
     SamplingParams,
@@ -242,7 +244,7 @@ SMALL: dict[str, Any] = {
 
 def test_attention_outside_the_interface_is_refused_with_its_module_and_line() -> None:
     model = AutoModelForCausalLM.from_config(OpenAIGPTConfig(vocab_size=256, n_embd=64, n_layer=1, n_head=4))
-    with pytest.raises(UnsupportedModelError, match="pairs every token with every other one") as caught:
+    with pytest.raises(UnsupportedModelError, match=r"pairs every token with every other one.*backend='pytorch'") as caught:
         autodeploy.compile(model)
     assert caught.value.module_path == "transformer.h.0.attn"
     assert re.fullmatch(r"transformers/models/openai/modeling_openai\.py:\d+", caught.value.source)
@@ -388,3 +390,54 @@ def test_a_bad_request_alone_raises_and_the_engine_serves_on(kind: str, compiled
 def test_input_ids_without_a_batch_dimension_are_refused(compiled: CompiledModel) -> None:
     with pytest.raises(RequestError, match=words("input_ids has shape [3]", "[batch, tokens]")):
         compiled(torch.tensor([1, 2, 3]))
+
+
+NO_MODELS = {"nothing": None, "a number": 3, "a module without a config": torch.nn.Linear(3, 3)}
+
+
+@pytest.mark.parametrize("name", NO_MODELS)
+def test_what_is_no_model_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"'model' is a \w+.*transformers"):
+        autodeploy.compile(NO_MODELS[name])
+
+
+def test_token_ids_that_are_no_numbers_are_refused_and_the_engine_serves_on(compiled: Any) -> None:
+    for wrong in (["a"], [1.5, 2], [[1, "b"]]):
+        with pytest.raises(RequestError, match="token ids, not"):
+            compiled.generate(wrong)
+    with pytest.raises(RequestError, match="tolist"):
+        compiled.generate(torch.tensor([3, 4]))
+    assert compiled.generate([3, 4], SamplingParams(max_tokens=2)).outputs[0].length == 2
+
+
+def test_sampling_params_of_another_type_are_refused(compiled: Any) -> None:
+    with pytest.raises(ConfigError, match="sampling_params is a dict"):
+        compiled.generate([3, 4], {"max_tokens": 3})
+
+
+def test_a_pool_without_room_for_a_page_is_refused_before_it_is_used() -> None:
+    with pytest.raises(ConfigError, match=r"no page.*Raise max_bytes"):
+        autodeploy.compile(make_model("qwen3", num_hidden_layers=1), kv_cache_config={"max_bytes": 10})
+
+
+def test_requests_after_a_shutdown_that_came_first_are_refused() -> None:
+    compiled = autodeploy.compile(make_model("qwen3", num_hidden_layers=1))
+    compiled.shutdown()
+    with pytest.raises(EngineDeadError, match="compile again"):
+        compiled.generate([1, 2])
+
+
+def test_first_use_from_many_threads_makes_one_executor() -> None:
+    compiled = autodeploy.compile(make_model("qwen3", num_hidden_layers=1))
+    with ThreadPoolExecutor(8) as pool:
+        executors = set(pool.map(lambda _: id(compiled.executor), range(8)))
+    compiled.shutdown()
+    assert len(executors) == 1
+
+
+def test_the_eager_backend_leaves_the_users_model_in_training_mode() -> None:
+    model = make_model("qwen3", num_hidden_layers=1).train()
+    compiled = autodeploy.compile(model, backend="pytorch")
+    compiled.generate([1, 2], SamplingParams(max_tokens=2))
+    compiled.shutdown()
+    assert model.training and compiled.runner.model.lm_head.weight is model.lm_head.weight

@@ -332,7 +332,7 @@ def test_abort_keeps_the_partial_text_and_frees_the_pages(scripted: LLM) -> None
     final = handle.result().outputs[0]
     assert final.finish_reason == "abort"
     assert 5 <= final.length < 500
-    assert (SCRIPT * 50).startswith(final.text) and final.text
+    assert (SCRIPT * 50).startswith(final.text.rstrip("\ufffd")) and final.text  # it may end within a character
     assert_no_pages_held(scripted)
 
 

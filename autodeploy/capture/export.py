@@ -16,7 +16,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.graph import CodeGen
 
 from autodeploy.capture.masks import prove_masks
-from autodeploy.capture.patches import CaptureState, applied, rope_thresholds, where_defined
+from autodeploy.capture.patches import CaptureState, applied, rope_thresholds, rotary_kinds, where_defined
 from autodeploy.errors import UnsupportedModelError
 from autodeploy.program import Program
 from autodeploy.specs import INPUTS
@@ -62,16 +62,12 @@ def capture(skeleton: nn.Module, initial: Mapping[str, Tensor]) -> Captured:
                 initial.setdefault(name, buffer)
         mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
         names = _make_fake(skeleton, mode)
-        inputs = ["input_ids", "position_ids", *(["rope_len"] if _reads_rope_len(skeleton) else [])]
+        inputs = ["input_ids", "position_ids", *(["rope_len"] if any(rotary_kinds(skeleton)) else [])]
         exported = _export(skeleton, state, inputs, mode)
     program = _to_program(exported, inputs, names, skeleton, initial)
     prove_masks(program, state.masks, skeleton)
     program.rope_thresholds = rope_thresholds(skeleton)
     return Captured(program, initial)
-
-
-def _reads_rope_len(skeleton: nn.Module) -> bool:
-    return any("forward" in vars(module) for module in skeleton.modules())
 
 
 def _make_fake(skeleton: nn.Module, mode: FakeTensorMode) -> dict[int, str]:

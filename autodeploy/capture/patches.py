@@ -135,7 +135,7 @@ def _no_packing_by_positions(model: nn.Module, state: CaptureState) -> Iterator[
         masking_utils.find_packed_sequence_indices = original
 
 
-def _rotary_kinds(model: nn.Module) -> Iterator[tuple[nn.Module, str | None, str]]:
+def rotary_kinds(model: nn.Module) -> Iterator[tuple[nn.Module, str | None, str]]:
     """(rotary module, layer type or None, kind of rope) for each kind that depends on length."""
     for module in model.modules():
         kinds = getattr(module, "rope_type", None)
@@ -148,14 +148,14 @@ def rope_thresholds(model: nn.Module) -> tuple[int, ...]:
     """Lengths at which long rope changes all of a request's frequencies."""
     found = {
         _rope_parameters(module, layer)["original_max_position_embeddings"]
-        for module, layer, kind in _rotary_kinds(model)
+        for module, layer, kind in rotary_kinds(model)
         if kind == "longrope"
     }
     return tuple(sorted(found))
 
 
 def _rope_by_length(model: nn.Module, state: CaptureState) -> None:
-    for module, layer_type, kind in list(_rotary_kinds(model)):
+    for module, layer_type, kind in list(rotary_kinds(model)):
         _replace_rotary_forward(module, layer_type, LENGTH_DEPENDENT_ROPE[kind], state)
 
 

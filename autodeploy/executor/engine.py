@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ class ADExecutor:
 
     def abort(self, request_id: int) -> None:
         """End a request; nothing happens when it is unknown or has ended."""
-        if self._thread.is_alive():
+        with suppress(EngineDeadError):  # then it has ended
             self._send(lambda: self._abort(request_id))
 
     def shutdown(self) -> None:

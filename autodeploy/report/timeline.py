@@ -16,23 +16,22 @@ class Timeline:
     def __init__(self, show: bool | None = None) -> None:
         self.seconds: dict[str, float] = {}
         self.cpu_seconds: dict[str, float] = {}
-        console = Console(stderr=True)
-        columns = (TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        self._progress = Progress(*columns, console=console, disable=not (console.is_terminal if show is None else show))
+        self._console = Console(stderr=True)
+        self._hidden = not (self._console.is_terminal if show is None else show)
 
     @contextmanager
     def phase(self, name: str, total: int = 1) -> Iterator[Callable[..., None]]:
         """Time one phase; the value is a function to call at each of its `total` steps."""
         started, cpu_started = time.perf_counter(), time.process_time()
-        self._progress.start()
-        task = self._progress.add_task(name, total=total)
+        columns = (TextColumn("{task.description:<20}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         try:
-            yield lambda *_: self._progress.advance(task)
-            self._progress.update(task, completed=total)
+            with Progress(*columns, console=self._console, disable=self._hidden) as progress:
+                task = progress.add_task(name, total=total)
+                yield lambda *_: progress.advance(task)
+                progress.update(task, completed=total)
         finally:
             self.seconds[name] = time.perf_counter() - started
             self.cpu_seconds[name] = time.process_time() - cpu_started
-            self._progress.stop()
 
     def __str__(self) -> str:
         return ", ".join(f"{name} {seconds:.2f} s" for name, seconds in self.seconds.items())

@@ -10,7 +10,7 @@ from torch import fx
 
 from autodeploy import custom_ops as ops
 from autodeploy.program import Program
-from autodeploy.specs import INPUTS, AttentionLayer, CacheSpec, Level, PagedKV, SlidingWindowKV, Target
+from autodeploy.specs import INPUTS, AttentionLayer, CacheSpec, PagedKV, SlidingWindowKV, Target
 from autodeploy.transforms.base import Effect, Transform
 from autodeploy.transforms.rewrite import calls, fake_mode, insert_call, insert_input, val
 
@@ -46,7 +46,6 @@ class InsertPagedAttention(Transform):
                 insert_call(program, node, ops.kv_append, k, v, caches[k, v], slot_mapping)
             paged = insert_call(program, node, ops.paged_attention, q, caches[k, v], *where, sinks, scale, window, softcap)
             node.replace_all_uses_with(paged)
-        program.level = Level.LOWERED
         return len(nodes)
 
 

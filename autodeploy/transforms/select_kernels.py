@@ -9,7 +9,7 @@ from torch import fx
 
 from autodeploy.custom_ops import SEMANTIC_OPS
 from autodeploy.program import Program
-from autodeploy.specs import Level, Target
+from autodeploy.specs import Target
 from autodeploy.transforms.base import Transform
 from autodeploy.transforms.rewrite import val
 
@@ -34,5 +34,4 @@ class SelectKernels(Transform):
                 reasons = "; ".join(f"not {name}: {', '.join(why)}" for name, why in against.items())
                 program.providers[op.name] = f"{provider.name}{f' ({reasons})' if reasons else ''}"
                 rewrites += 1
-        program.level = Level.LOWERED
         return rewrites
