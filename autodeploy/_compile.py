@@ -160,8 +160,10 @@ def _eager(args: LLMArgs, timeline: Timeline) -> CompiledModel:
             read_config(Path(model))
             CheckpointSource(Path(model))
             model = AutoModelForCausalLM.from_pretrained(model, dtype=args.dtype, trust_remote_code=False, use_safetensors=True)
-        own = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})  # tensors shared
-    return CompiledModel(args, _facts(model.config, model.generation_config), timeline, EagerRunner(own.eval()), None)
+        own = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})  # shared
+    return CompiledModel(
+        args, _facts(model.config, model.generation_config), timeline, EagerRunner(own.eval(), rope_thresholds(own)), None
+    )
 
 
 def _facts(config: Any, generation: Any) -> ModelFacts:
@@ -273,20 +275,10 @@ class CompiledModel:
         args, page_size = self.args, self.args.kv_cache_config.page_size
         with self.timeline.phase("allocate KV pool"):
             num_pages = self._num_pages()
-            if isinstance(self.runner, ModelRunner):
-                self.runner.allocate(num_pages, page_size)
+            self.runner.allocate(num_pages, page_size)
         kv = KVCacheManager(num_pages, page_size)
-        eager = not isinstance(self.runner, ModelRunner)
-        thresholds = rope_thresholds(self.runner.model) if eager else self.program.rope_thresholds  # pyright: ignore
-        chunked = args.enable_chunked_prefill and not eager
-        scheduler = Scheduler(
-            kv,
-            args.max_batch_size,
-            args.max_num_tokens,
-            self.max_seq_len,
-            chunked,
-            thresholds,  # pyright: ignore
-        )
+        chunked, thresholds = args.enable_chunked_prefill and self.runner.can_chunk, self.runner.rope_thresholds
+        scheduler = Scheduler(kv, args.max_batch_size, args.max_num_tokens, self.max_seq_len, chunked, thresholds)
         batches = BatchBuilder(kv, args.max_batch_size, args.max_num_tokens)
         return ADExecutor(self.runner, scheduler, batches, Sampler(self.facts.vocab_size, args.seed))
 

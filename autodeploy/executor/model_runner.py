@@ -17,20 +17,35 @@ from autodeploy.weights import TensorSource, materialize
 
 
 class Runner(Protocol):
-    """What the engine needs of a model: the wanted logits of one step, [N, V]."""
+    """What serving needs of a model."""
 
-    def forward(self, batch: BatchMetadata, rows: list[WantedRows]) -> Tensor: ...
+    rope_thresholds: tuple[int, ...]
+    """Lengths at which a request is computed anew."""
+    can_chunk: bool
+    """Whether a prompt may be computed in several steps."""
 
-    def forget(self, request: Request) -> None: ...
+    def allocate(self, num_pages: int, page_size: int) -> None:
+        """Make the KV pool."""
+        ...
+
+    def forward(self, batch: BatchMetadata, rows: list[WantedRows]) -> Tensor:
+        """The wanted logits of one step, [N, V]."""
+        ...
+
+    def forget(self, request: Request) -> None:
+        """Drop what is kept of a request that has ended."""
+        ...
 
 
 class ModelRunner:
     """A lowered program with its weights; `allocate` gives it its KV pool."""
 
+    can_chunk = True
+
     def __init__(
         self, program: Program, source: TensorSource, device: str, on_parameter: Callable[[str], None] = lambda name: None
     ) -> None:
-        self.program, self.device = program, device
+        self.program, self.device, self.rope_thresholds = program, device, program.rope_thresholds
         tensors: dict[str, Tensor] = {}
         for name, tensor in materialize(program.weights, source, device):
             tensors[name] = tensor
@@ -69,9 +84,14 @@ def _executable(program: Program, tensors: dict[str, Tensor], device: str) -> nn
 class EagerRunner:
     """`backend="pytorch"`: the Hugging Face model itself, one request after the other, each with Hugging Face's own cache."""
 
-    def __init__(self, model: Any) -> None:
-        self.model = model
+    can_chunk = False  # rope may depend on the length of what is computed at once
+
+    def __init__(self, model: Any, rope_thresholds: tuple[int, ...]) -> None:
+        self.model, self.rope_thresholds = model, rope_thresholds
         self._caches: dict[int, Any] = {}
+
+    def allocate(self, num_pages: int, page_size: int) -> None:
+        """Nothing to make: the caches grow with the requests, and the pages are only counted."""
 
     @torch.inference_mode()
     def forward(self, batch: BatchMetadata, rows: list[WantedRows]) -> Tensor:
