@@ -5,6 +5,7 @@
     ├── RequestError           (ValueError)  one request cannot be served: empty, too long, token id out of range
     ├── CheckpointError        (ValueError)  the checkpoint folder cannot be used: missing, unsafe, corrupt or misshaped
     ├── UnsupportedModelError  (ValueError)  the model does something that cannot be compiled faithfully
+    ├── ProgramFileError       (ValueError)  a saved program cannot be read back
     ├── TransformError                       a graph pass failed or broke its contract
     ├── ExecutionError                       a forward pass failed, or its logits are not finite
     └── EngineDeadError                      the engine loop has ended; nothing more can be served
@@ -45,6 +46,10 @@ class UnsupportedModelError(AutoDeployError, ValueError):
         self.reason = reason
         self.module_path = module_path
         self.source = source
+
+
+class ProgramFileError(AutoDeployError, ValueError):
+    """A saved program is missing, broken, of another version, or no longer means what it did."""
 
 
 class TransformError(AutoDeployError):

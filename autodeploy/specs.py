@@ -100,4 +100,7 @@ class SlidingWindowKV(PagedKV):
 
 CacheSpec = PagedKV
 
+EXAMPLE_PAGES, EXAMPLE_PAGE_SIZE = 8, 32
+"""Sizes of the pool in values that stand for a cache; nothing may depend on them."""
+
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "int64": 8, "int32": 4, "bool": 1}

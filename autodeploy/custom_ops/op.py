@@ -12,6 +12,8 @@ from torch.fx.node import has_side_effect
 LIBRARY = torch.library.Library("autodeploy", "DEF")
 SEMANTIC_OPS: dict[Any, SemanticOp] = {}
 """torch overload -> the semantic op behind it."""
+PROVIDED: dict[Any, tuple[SemanticOp, Provider]] = {}
+"""A provider's function -> the op it implements, and the provider."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class SemanticOp:
         if self.mutates:
             has_side_effect(provider.function)
         self.providers.insert(0, provider)
+        PROVIDED[provider.function] = self, provider
 
     def choose(self, target: Any, *args: Any, **kwargs: Any) -> tuple[Provider, dict[str, list[str]]]:
         """The first provider with nothing against it, and the reasons against those before it."""
@@ -53,6 +56,11 @@ class SemanticOp:
                 return provider, against
             against[provider.name] = reasons
         raise AssertionError(f"the reference of {self.name} supports everything")
+
+
+def symbolic(target: Any) -> Any:
+    """What to call on fake tensors in place of a graph's call target: an op's shape rule instead of a provider's code."""
+    return PROVIDED[target][0].overload if target in PROVIDED else target
 
 
 def semantic_op(*, mutates: Sequence[str] = (), fake: Callable[..., Any] | None = None) -> Callable[..., SemanticOp]:

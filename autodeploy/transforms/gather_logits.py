@@ -10,7 +10,7 @@ from torch import fx
 
 from autodeploy import custom_ops as ops
 from autodeploy.program import Program
-from autodeploy.specs import INPUTS, Target
+from autodeploy.specs import Target
 from autodeploy.transforms.base import Effect, Transform
 from autodeploy.transforms.rewrite import aten, evaluate_node, insert_call, insert_input, val
 
@@ -37,21 +37,12 @@ class GatherLogits(Transform):
         stream = _stream_input(tail[-1]) if tail else None
         if stream is None:
             return 0
-        rows = insert_input(program, "logits_indices", INPUTS["logits_indices"], (7,))
-        _order_inputs(program, rows)
+        rows = insert_input(program, "logits_indices")
         selected = insert_call(program, tail[-1], aten.index_select.default, stream, 1, rows)
         tail[-1].replace_input_with(stream, selected)
         for node in reversed(tail):
             evaluate_node(program, node)
         return 1
-
-
-def _order_inputs(program: Program, rows: fx.Node) -> None:
-    """Inputs come before caches."""
-    graph = program.graph.graph
-    placeholders = {node.name: node for node in graph.nodes if node.op == "placeholder"}
-    placeholders[list(program.inputs)[-1]].append(rows)
-    program.inputs["logits_indices"] = INPUTS["logits_indices"]
 
 
 def _tail(node: Any) -> list[fx.Node]:

@@ -10,11 +10,11 @@ from torch import fx
 
 from autodeploy import custom_ops as ops
 from autodeploy.program import Program
-from autodeploy.specs import INPUTS, AttentionLayer, CacheSpec, PagedKV, SlidingWindowKV, Target
+from autodeploy.specs import EXAMPLE_PAGE_SIZE, EXAMPLE_PAGES, AttentionLayer, CacheSpec, PagedKV, SlidingWindowKV, Target
 from autodeploy.transforms.base import Effect, Transform
 from autodeploy.transforms.rewrite import calls, fake_mode, insert_call, insert_input, val
 
-EXAMPLE_SIZES = {"slot_mapping": (19,), "page_table": (3, 5), "cu_seqlens_q": (4,), "seq_lens": (3,)}
+PAGED_INPUTS = ("slot_mapping", "page_table", "cu_seqlens_q", "seq_lens")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,14 +35,12 @@ class InsertPagedAttention(Transform):
         nodes = calls(program, ops.attention)
         if not nodes:
             return 0
-        meta = [insert_input(program, name, INPUTS[name], sizes) for name, sizes in EXAMPLE_SIZES.items()]
-        program.inputs |= {name: INPUTS[name] for name in EXAMPLE_SIZES}
-        slot_mapping, *where = meta
+        slot_mapping, *where = [insert_input(program, name) for name in PAGED_INPUTS]
         caches: dict[tuple[Any, Any], fx.Node] = {}
         for node in nodes:
             q, k, v, sinks, scale, window, softcap, _ = node.args
             if (k, v) not in caches:
-                caches[k, v] = _insert_cache(program, _cache_spec(_describe(node)), target)
+                caches[k, v] = _insert_cache(program, _cache_spec(_describe(node)))
                 insert_call(program, node, ops.kv_append, k, v, caches[k, v], slot_mapping)
             paged = insert_call(program, node, ops.paged_attention, q, caches[k, v], *where, sinks, scale, window, softcap)
             node.replace_all_uses_with(paged)
@@ -72,12 +70,12 @@ def _cache_spec(layer: AttentionLayer) -> CacheSpec:
     return SlidingWindowKV(*shape, window=layer.window) if layer.window else PagedKV(*shape)
 
 
-def _insert_cache(program: Program, spec: CacheSpec, target: Target) -> fx.Node:
+def _insert_cache(program: Program, spec: CacheSpec) -> fx.Node:
     graph = program.graph.graph
     name = f"kv_cache_{len(program.caches)}"
     with graph.inserting_after([node for node in graph.nodes if node.op == "placeholder"][-1]):
         node = graph.placeholder(name)
     with fake_mode(program):
-        node.meta["val"] = torch.empty(spec.shape(8, target.page_size), dtype=getattr(torch, spec.dtype))
+        node.meta["val"] = torch.empty(spec.shape(EXAMPLE_PAGES, EXAMPLE_PAGE_SIZE), dtype=getattr(torch, spec.dtype))
     program.caches[name] = spec
     return node

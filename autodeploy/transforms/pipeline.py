@@ -5,13 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
+from traceback import walk_tb
 from typing import Any
+
+from torch import fx
 
 from autodeploy.errors import AutoDeployError, ConfigError, TransformError, did_you_mean
 from autodeploy.program import PassRecord, Program
 from autodeploy.specs import Target
 from autodeploy.transforms.base import Transform
+from autodeploy.transforms.reproducer import write_reproducer
 from autodeploy.transforms.rewrite import erase_dead
+from autodeploy.transforms.verify import VerificationError, verify_structure
 
 Observer = Callable[[Program, PassRecord], None]
 
@@ -60,29 +66,54 @@ class Pipeline:
     def _spliced(self, at: int, removed: int, item: Transform) -> Pipeline:
         return Pipeline((*self.passes[:at], item, *self.passes[at + removed :]))
 
-    def run(self, program: Program, target: Target, *observers: Observer) -> Program:
-        """Apply every pass in order, in place; each leaves a record, and a program that checks."""
-        for item in self.passes:
-            record = _run_pass(item, program, target)
+    def run(self, program: Program, target: Target, *observers: Observer, verify: str = "structure") -> Program:
+        """Apply every pass in order, in place; each is recorded. verify: off, or structure after every pass that did something.
+
+        A pass that fails leaves the program as it was before it. Raises TransformError, or UnsupportedModelError as it is.
+        """
+        for i, item in enumerate(self.passes):
+            record = _run_pass(item, program, target, verify, self.passes[i:])
             program.history.append(record)
             for observe in observers:
                 observe(program, record)
         return program
 
 
-def _run_pass(item: Transform, program: Program, target: Target) -> PassRecord:
+def _run_pass(item: Transform, program: Program, target: Target, verify: str, remaining: tuple[Transform, ...]) -> PassRecord:
     before, started = program.op_counts(), time.perf_counter()
+    snapshot = program.snapshot()
     try:
         rewrites = item.apply(program, target)
         if rewrites:
             erase_dead(program)
-            program.graph.graph.lint()
-            program.check()
-    except AutoDeployError:
-        raise
+            if verify != "off":
+                verify_structure(snapshot, program, item.effect)
     except Exception as error:
-        earlier = ", ".join(record.name for record in program.history) or "none"
-        raise TransformError(f"{type(error).__name__}: {error} (passes before it: {earlier})", transform=item.name) from error
+        program.restore(snapshot)
+        if isinstance(error, AutoDeployError):
+            raise
+        raise _explained(error, item, program, write_reproducer(program, remaining, target, verify, error)) from error
+    program.graph.recompile()
     after = program.op_counts()
     delta = {name: after[name] - before[name] for name in sorted(before | after) if after[name] != before[name]}
     return PassRecord(item.name, rewrites, time.perf_counter() - started, delta)
+
+
+def _explained(error: Exception, item: Transform, program: Program, folder: Path) -> TransformError:
+    where = error.node if isinstance(error, VerificationError) else _node_at_work(error)
+    earlier = ", ".join(record.name for record in program.history) or "none"
+    message = (str(error).splitlines() or [""])[0]
+    reason = f"{type(error).__name__}: {message}{f' (at node {where})' if where and where not in message else ''}"
+    remedy = f"The program is as it was before the pass; run it again with: autodeploy replay {folder}"
+    return TransformError(f"{reason}. Passes before it: {earlier}. {remedy}", transform=item.name)
+
+
+def _node_at_work(error: Exception) -> str:
+    """The graph node that the innermost frame of the traceback was looking at."""
+    nodes = [
+        value.name
+        for frame, _ in walk_tb(error.__traceback__)
+        for name, value in frame.f_locals.items()
+        if isinstance(value, fx.Node) and name in ("node", "before", "old")
+    ]
+    return nodes[-1] if nodes else ""

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 
-from autodeploy.program import Program
-from autodeploy.specs import InputSpec
+from autodeploy.codec import fake_input
+from autodeploy.custom_ops import symbolic
+from autodeploy.program import Program, symbols
+from autodeploy.specs import INPUTS
 
 aten = torch.ops.aten
 COMMUTATIVE = {aten.mul.Tensor, aten.add.Tensor}
@@ -38,11 +38,16 @@ def fake_mode(program: Program) -> FakeTensorMode:
     return next(iter(program.graph.graph.nodes)).meta["val"].fake_mode
 
 
-def evaluate_node(program: Program, node: fx.Node) -> None:
-    """Derive a call node's value from its arguments' values."""
+def derived_value(program: Program, node: fx.Node) -> Any:
+    """A call node's value, from its arguments' values."""
     args, kwargs = fx.map_arg((node.args, node.kwargs), val)  # pyright: ignore
     with fake_mode(program), torch.no_grad():
-        node.meta["val"] = node.target(*args, **kwargs)  # pyright: ignore
+        return symbolic(node.target)(*args, **kwargs)
+
+
+def evaluate_node(program: Program, node: fx.Node) -> None:
+    """Note a call node's value."""
+    node.meta["val"] = derived_value(program, node)
 
 
 def insert_call(program: Program, before: fx.Node, target: Any, *args: Any, name: str | None = None, **kwargs: Any) -> fx.Node:
@@ -89,20 +94,17 @@ def insert_parameter(program: Program, before: fx.Node, name: str, value: torch.
     return node
 
 
-def insert_input(program: Program, name: str, spec: InputSpec, sizes: tuple[int, ...]) -> fx.Node:
-    """The placeholder of that input, made when it is not there yet. sizes: example sizes; symbolic where the spec says so."""
-    graph = program.graph.graph
-    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-    for node in placeholders:
-        if node.name == name:
-            return node
-    with graph.inserting_after(placeholders[-1]):
-        node = graph.placeholder(name)
-    dynamic = [DimDynamic.STATIC if isinstance(size, int) else DimDynamic.DYNAMIC for size in spec.shape]
-    context = StatelessSymbolicContext(dynamic_sizes=dynamic)  # pyright: ignore
-    example = torch.zeros(sizes, dtype=getattr(torch, spec.dtype))
-    node.meta["val"] = fake_mode(program).from_tensor(example, symbolic_context=context, source=ConstantSource(name))
-    return node
+def insert_input(program: Program, name: str) -> fx.Node:
+    """The placeholder of that input (a key of `specs.INPUTS`), made behind the other inputs when it is not there yet."""
+    placeholders = {node.name: node for node in program.graph.graph.nodes if node.op == "placeholder"}
+    if name not in placeholders:
+        spec = INPUTS[name]
+        value = fake_input(fake_mode(program), spec, symbols(program))
+        with program.graph.graph.inserting_after(placeholders[list(program.inputs)[-1]]):
+            placeholders[name] = program.graph.graph.placeholder(name)
+        placeholders[name].meta["val"] = value
+        program.inputs[name] = spec
+    return placeholders[name]
 
 
 def erase_dead(program: Program) -> None:

@@ -1,0 +1,147 @@
+"""A program's parts as JSON: call targets, arguments, values and recipes. No pickle, no code."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._dynamo.source import ConstantSource
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
+
+from autodeploy.custom_ops import PROVIDED, SEMANTIC_OPS
+from autodeploy.specs import InputSpec
+from autodeploy.weights import Cast, Cat, Initial, Recipe, Take
+
+TORCH_CONSTANTS = (torch.dtype, torch.memory_format, torch.layout)
+FUNCTIONS: dict[str, Callable[..., Any]] = {"operator.getitem": operator.getitem}
+HINTS = {"T": 19, "B": 3, "B+1": 4, "P": 5, "N": 7}
+"""Example sizes of the symbolic dims, all different."""
+
+
+# Targets
+
+
+def encode_target(target: Any) -> str:
+    """aten.linear.default, autodeploy.rms_norm.default, operator.getitem, or autodeploy.rms_norm@provider."""
+    if isinstance(target, torch._ops.OpOverload):
+        return f"{target.namespace}.{target._opname}.{target._overloadname}"
+    if target in PROVIDED:
+        op, provider = PROVIDED[target]
+        return f"autodeploy.{op.name}@{provider.name}"
+    name = f"{target.__module__.lstrip('_')}.{target.__name__}"
+    assert FUNCTIONS.get(name) is target, f"a call of {name} cannot be saved; make it a semantic op"
+    return name
+
+
+def decode_target(text: str) -> Any:
+    if text in FUNCTIONS:
+        return FUNCTIONS[text]
+    name, _, provider = text.partition("@")
+    namespace, opname, *overload = name.split(".")
+    if provider:
+        op = next(op for op in SEMANTIC_OPS.values() if op.name == opname)
+        return next(item.function for item in op.providers if item.name == provider)
+    return getattr(getattr(getattr(torch.ops, namespace), opname), overload[0])
+
+
+# Arguments
+
+
+def encode(value: Any) -> Any:
+    """Nodes by name, torch constants by theirs; lists, numbers, text and None as they are."""
+    if isinstance(value, fx.Node):
+        return {"node": value.name}
+    if isinstance(value, TORCH_CONSTANTS):
+        return {"torch": str(value).removeprefix("torch.")}
+    if isinstance(value, torch.device):
+        return {"device": str(value)}
+    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+        return {"float": str(value)}
+    if isinstance(value, list | tuple):
+        return [encode(item) for item in value]
+    if isinstance(value, Mapping):
+        return {"dict": {key: encode(item) for key, item in value.items()}}
+    assert value is None or isinstance(value, bool | int | float | str), f"{value!r} cannot be saved"
+    return value
+
+
+def decode(value: Any, nodes: Mapping[str, fx.Node]) -> Any:
+    if isinstance(value, list):
+        return [decode(item, nodes) for item in value]
+    if not isinstance(value, dict):
+        return value
+    (kind, content), *_ = value.items()
+    match kind:
+        case "node":
+            return nodes[content]
+        case "torch":
+            return getattr(torch, content)
+        case "device":
+            return torch.device(content)
+        case "float":
+            return float(content)
+        case _:
+            return {key: decode(item, nodes) for key, item in content.items()}
+
+
+# Recipes
+
+
+def encode_recipe(recipe: Recipe) -> dict[str, Any]:
+    match recipe:
+        case Take(name):
+            return {"take": name}
+        case Initial(name):
+            return {"initial": name}
+        case Cast(source, dtype):
+            return {"cast": encode_recipe(source), "dtype": str(dtype).removeprefix("torch.")}
+        case Cat(parts, dim):
+            return {"cat": [encode_recipe(part) for part in parts], "dim": dim}
+    raise AssertionError(f"{recipe} cannot be saved")
+
+
+def decode_recipe(data: Mapping[str, Any]) -> Recipe:
+    match data:
+        case {"take": name}:
+            return Take(name)
+        case {"initial": name}:
+            return Initial(name)
+        case {"cast": source, "dtype": dtype}:
+            return Cast(decode_recipe(source), getattr(torch, dtype))
+        case {"cat": parts, "dim": dim}:
+            return Cat(tuple(decode_recipe(part) for part in parts), dim)
+    raise AssertionError(f"not a recipe: {data}")
+
+
+# Values
+
+
+def describe(value: Any, names: Mapping[Any, str]) -> Any:
+    """dtype[shape] of a tensor, an expression of a size, a list of these; names: what the symbolic dims are called."""
+    if isinstance(value, Tensor):
+        shape = ", ".join(describe(size, names) for size in value.shape)
+        return f"{str(value.dtype).removeprefix('torch.')}[{shape}]"
+    if isinstance(value, list | tuple):
+        return [describe(item, names) for item in value]
+    if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
+        expression = value.node.expr
+        return str(expression.subs({symbol: names.get(symbol, str(symbol)) for symbol in expression.free_symbols}))
+    return str(value)
+
+
+def fake_input(mode: FakeTensorMode, spec: InputSpec, known: dict[str, Any]) -> Tensor:
+    """A fake tensor of an input's shape; symbolic dims not yet in `known` are made and put there."""
+    for dim in spec.shape:
+        if isinstance(dim, str) and dim not in known:
+            known[dim] = _symbol(mode, dim)
+    with mode:
+        return torch.empty([dim if isinstance(dim, int) else known[dim] for dim in spec.shape], dtype=getattr(torch, spec.dtype))
+
+
+def _symbol(mode: FakeTensorMode, name: str) -> Any:
+    context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])  # pyright: ignore
+    return mode.from_tensor(torch.zeros(HINTS[name]), symbolic_context=context, source=ConstantSource(name)).shape[0]

@@ -1,0 +1,130 @@
+"""What must hold after every pass: the structure of the program. (Its numbers: `verify_numeric`.)"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+from autodeploy.codec import describe
+from autodeploy.custom_ops import PROVIDED, SEMANTIC_OPS, symbolic
+from autodeploy.program import NodeRecord, Program, Snapshot, op_name, symbols
+from autodeploy.specs import Level
+from autodeploy.transforms.base import Effect
+from autodeploy.transforms.rewrite import derived_value
+
+PAGED = {"kv_append", "paged_attention"}
+FORBIDDEN: dict[Level, set[str]] = {
+    Level.EXPORTED: PAGED,
+    Level.CANONICAL: PAGED,
+    Level.LOWERED: {"attention"},
+}
+"""Semantic ops that may not stand in a graph of that level."""
+
+
+class VerificationError(Exception):
+    """A pass broke the program; `node` is the first node where it shows."""
+
+    def __init__(self, reason: str, node: str = "") -> None:
+        super().__init__(f"{node}: {reason}" if node else reason)
+        self.node = node
+
+
+def verify_structure(before: Snapshot, program: Program, effect: Effect) -> None:
+    """Lint, level, bookkeeping and values; outputs, inputs and writes as before, unless the effect says otherwise.
+
+    Raises VerificationError.
+    """
+    try:
+        program.graph.graph.lint()
+        program.check()
+    except (AssertionError, RuntimeError) as error:
+        raise VerificationError(str(error)) from error
+    _check_level(program)
+    _check_values(before, program)
+    if effect is not Effect.INPUTS:
+        _same("inputs and caches", [*before.program.inputs, *before.program.caches], [*program.inputs, *program.caches])
+        _same("order of writes", _writes(record for record in before.nodes), _writes(program.graph.graph.nodes))
+        _same("output", _output(before.nodes, before.program, program), _output(program.graph.graph.nodes, program, program))
+    if effect is not Effect.PARAMETERS:
+        changed = {name for name in program.weights if before.program.weights.recipes.get(name) != program.weights[name]}
+        if changed:
+            raise VerificationError(f"recipes of {sorted(changed)[:3]} changed, but the pass does not declare Effect.PARAMETERS")
+
+
+def _check_level(program: Program) -> None:
+    forbidden = {op.overload for op in SEMANTIC_OPS.values() if op.name in FORBIDDEN[program.level]}
+    for node in program.graph.graph.nodes:
+        if node.op in ("call_module", "call_method"):
+            raise VerificationError(f"a graph holds calls of functions only, not {node.op}", node.name)
+        if node.op != "call_function":
+            continue
+        if node.target in forbidden:
+            raise VerificationError(f"{op_name(node.target)} may not stand in a graph at level {program.level.value}", node.name)
+        if not (isinstance(node.target, torch._ops.OpOverload) or node.target is operator.getitem or node.target in PROVIDED):
+            raise VerificationError(f"{op_name(node.target)} is neither an op nor a provider of one", node.name)
+        if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable and not _is_write(node):
+            raise VerificationError(f"{op_name(node.target)} writes into its arguments", node.name)
+
+
+def _is_write(node: Any) -> bool:
+    """A call of an op that writes into one of its arguments (a node, or the record of one)."""
+    op = SEMANTIC_OPS.get(symbolic(node.target)) if node.op == "call_function" else None
+    return op is not None and bool(op.mutates)
+
+
+def _check_values(before: Snapshot, program: Program) -> None:
+    """Derive anew the value of every call that is new or reads something of another kind than before; all must agree."""
+    records = {record.node: record for record in before.nodes}
+    names = {size.node.expr: name for name, size in symbols(program).items()}
+    for node in program.graph.graph.nodes:
+        if node.op != "call_function" or _reads_the_same(node, records.get(node), records):
+            continue
+        try:
+            derived = derived_value(program, node)
+        except Exception as error:
+            reason = f"{op_name(node.target)} cannot take its arguments: {str(error).splitlines()[0]}"
+            raise VerificationError(reason, node.name) from error
+        if describe(node.meta["val"], names) != describe(derived, names):
+            reason = f"its value is noted as {describe(node.meta['val'], names)}, but it gives {describe(derived, names)}"
+            raise VerificationError(reason, node.name)
+        node.meta["val"] = derived  # the layout may have changed, and then its readers are looked at too
+
+
+def _reads_the_same(node: fx.Node, record: NodeRecord | None, records: dict[fx.Node, NodeRecord]) -> bool:
+    """The same call as before, on values of the same kind, with the value noted then."""
+    if record is None or record.target is not node.target or record.meta["val"] is not node.meta["val"]:
+        return False
+    then = fx.map_arg((record.args, record.kwargs), lambda arg: _kind(records[arg].meta["val"]))  # pyright: ignore
+    now = fx.map_arg((node.args, node.kwargs), lambda arg: _kind(arg.meta["val"]))  # pyright: ignore
+    return then == now
+
+
+def _kind(value: Any) -> Any:
+    """What another call can see of a value: dtype, shape, layout."""
+    if isinstance(value, list | tuple):
+        return tuple(map(_kind, value))
+    if isinstance(value, torch.Tensor):
+        return value.dtype, *map(_expression, (*value.shape, *value.stride()))
+    return _expression(value)
+
+
+def _expression(size: Any) -> Any:
+    return size.node.expr if isinstance(size, torch.SymInt | torch.SymFloat | torch.SymBool) else size
+
+
+def _same(what: str, before: Any, after: Any) -> None:
+    if before != after:
+        raise VerificationError(f"the {what} changed from {before} to {after}, but the pass does not declare Effect.INPUTS")
+
+
+def _writes(nodes: Any) -> list[str]:
+    """Which caches are written, in order."""
+    return [str(node.args[2]) for node in nodes if _is_write(node)]
+
+
+def _output(nodes: Any, owner: Program, program: Program) -> Any:
+    output = next(node for node in nodes if node.op == "output").args[0]
+    return describe(output.meta["val"], {size.node.expr: name for name, size in symbols(program).items()})
