@@ -30,12 +30,12 @@ from autodeploy.executor.outputs import RequestHandle, RequestOutput
 from autodeploy.executor.request import Detokenizer, Request
 from autodeploy.executor.sampler import Sampler
 from autodeploy.executor.scheduler import Scheduler
-from autodeploy.program import Program
+from autodeploy.program import PassRecord, Program
 from autodeploy.report.tables import describe
 from autodeploy.report.timeline import Timeline
 from autodeploy.specs import Target
 from autodeploy.transforms.default import default_pipeline
-from autodeploy.transforms.pipeline import Pipeline
+from autodeploy.transforms.pipeline import Observer, Pipeline
 from autodeploy.weights import Cast, Recipe, Take, TensorSource
 
 Lowered = tuple[Program, TensorSource, "ModelFacts"]
@@ -57,27 +57,32 @@ def compile(model: Any, **options: Any) -> CompiledModel:
     model: an `nn.Module` of transformers in memory (left as it is; unchanged weights are shared with it) or a checkpoint folder.
     options: those of `LLM`; see `LLMArgs`. Raises ConfigError, CheckpointError, UnsupportedModelError or TransformError.
     """
-    args = LLMArgs(model=model, **options)
-    _refuse_other_models(model)
+    return compile_observed(LLMArgs(model=model, **options))
+
+
+def compile_observed(args: LLMArgs, *observers: Observer) -> CompiledModel:
+    """`compile`, with callbacks that see the program after each pass; before the first one too, with a record named "export"."""
+    _refuse_other_models(args.model)
     timeline = Timeline()
-    pipeline = _pipeline(args)
     if args.backend == "pytorch":
+        pipeline_of(args)  # a wrong one is refused all the same
         return _eager(args, timeline)
-    if isinstance(model, nn.Module):
-        program, source, facts = _from_memory(model, args, pipeline, timeline)
-    else:
-        program, source, facts = _from_folder(Path(model), args, pipeline, timeline)
+    program, source, facts = _lowered(args, timeline, *observers)
     with timeline.phase("load weights", len(program.weights)) as advance:
         runner = ModelRunner(program, source, _device(args), advance)
     return CompiledModel(args, facts, timeline, runner, program)
 
 
-def trace(model: Any, args: LLMArgs, timeline: Timeline) -> Program:
-    """The lowered program alone, no weights loaded."""
-    pipeline = _pipeline(args)
-    if isinstance(model, nn.Module):
-        return _from_memory(model, args, pipeline, timeline)[0]
-    return _from_folder(Path(model), args, pipeline, timeline)[0]
+def trace(args: LLMArgs, timeline: Timeline, *observers: Observer) -> Program:
+    """The lowered program alone, no weights loaded. observers: as for `compile_observed`."""
+    return _lowered(args, timeline, *observers)[0]
+
+
+def _lowered(args: LLMArgs, timeline: Timeline, *observers: Observer) -> Lowered:
+    pipeline = pipeline_of(args)
+    if isinstance(args.model, nn.Module):
+        return _from_memory(args.model, args, pipeline, timeline, *observers)
+    return _from_folder(Path(args.model), args, pipeline, timeline, *observers)
 
 
 def _refuse_other_models(model: Any) -> None:
@@ -89,7 +94,8 @@ def _refuse_other_models(model: Any) -> None:
         raise ConfigError(f"'model' is a {what}; give a checkpoint folder or a causal language model of transformers")
 
 
-def _pipeline(args: LLMArgs) -> Pipeline:
+def pipeline_of(args: LLMArgs) -> Pipeline:
+    """The passes that these options ask for."""
     default = default_pipeline(_target(args))
     if args.pipeline is None or isinstance(args.pipeline, Pipeline):
         return args.pipeline or default
@@ -108,17 +114,17 @@ def _target(args: LLMArgs) -> Target:
     return Target(device=_device(args), page_size=args.kv_cache_config.page_size)
 
 
-def _from_memory(model: Any, args: LLMArgs, pipeline: Pipeline, timeline: Timeline) -> Lowered:
+def _from_memory(model: Any, args: LLMArgs, pipeline: Pipeline, timeline: Timeline, *observers: Observer) -> Lowered:
     skeleton: Any = skeleton_of(model)
     stored = {name: tensor.dtype for name, tensor in skeleton.state_dict().items()}
     if args.dtype != "auto":
         cast_floats(skeleton, getattr(torch, args.dtype))
     recipes = {name: _cast(Take(name), stored[name], tensor.dtype) for name, tensor in skeleton.state_dict().items()}
-    program, initial = _lower(skeleton, dict(model.named_buffers()), recipes, args, pipeline, timeline)
+    program, initial = _lower(skeleton, dict(model.named_buffers()), recipes, args, pipeline, timeline, *observers)
     return program, live_source(model, initial), _facts(model.config, getattr(model, "generation_config", None))
 
 
-def _from_folder(folder: Path, args: LLMArgs, pipeline: Pipeline, timeline: Timeline) -> Lowered:
+def _from_folder(folder: Path, args: LLMArgs, pipeline: Pipeline, timeline: Timeline, *observers: Observer) -> Lowered:
     config = read_config(folder)
     source = CheckpointSource(folder)
     dtype = checkpoint_dtype(config, source) if args.dtype == "auto" else getattr(torch, args.dtype)
@@ -128,7 +134,7 @@ def _from_folder(folder: Path, args: LLMArgs, pipeline: Pipeline, timeline: Time
         name: _cast(recipe, source.describe(recipe.name).dtype if isinstance(recipe, Take) else None, wanted[name])
         for name, recipe in checkpoint_recipes(skeleton, source, args.ignore_unexpected_weights).items()
     }
-    program, source.initial = _lower(skeleton, dict(skeleton.named_buffers()), recipes, args, pipeline, timeline)
+    program, source.initial = _lower(skeleton, dict(skeleton.named_buffers()), recipes, args, pipeline, timeline, *observers)
     return program, source, _facts(config, _generation_config(folder))
 
 
@@ -142,13 +148,21 @@ def _cast(recipe: Recipe, stored: torch.dtype | None, wanted: torch.dtype) -> Re
 
 
 def _lower(
-    skeleton: Any, buffers: dict[str, Tensor], recipes: dict[str, Recipe], args: LLMArgs, pipeline: Pipeline, timeline: Timeline
+    skeleton: Any,
+    buffers: dict[str, Tensor],
+    recipes: dict[str, Recipe],
+    args: LLMArgs,
+    pipeline: Pipeline,
+    timeline: Timeline,
+    *observers: Observer,
 ) -> tuple[Program, dict[str, Tensor]]:
     """The lowered program, its weights as recipes over the source, and the values of its initial buffers."""
     with timeline.phase("export"):
         captured = capture(skeleton, buffers)
+    for observe in observers:
+        observe(captured.program, PassRecord("export", 0, timeline.seconds["export"], {}))
     with timeline.phase("passes", len(pipeline.passes)) as advance:
-        program = pipeline.run(captured.program, _target(args), advance)
+        program = pipeline.run(captured.program, _target(args), advance, *observers, verify=args.verify)
     program.weights = program.weights.substitute(recipes)
     return program, dict(captured.initial)
 
@@ -204,6 +218,11 @@ class CompiledModel:
                     raise EngineDeadError("the engine has been shut down; compile again to go on")
                 self._executor = self._make_executor()
             return self._executor
+
+    @property
+    def num_pool_tokens(self) -> int:
+        """Tokens of running requests, prompts included, that the KV pool has room for."""
+        return (self._num_pages() - 1) * self.args.kv_cache_config.page_size
 
     def report(self) -> str:
         """Passes, providers, caches, weights and start-up time as text."""

@@ -116,19 +116,77 @@ def inspect(
     model: Model,
     dtype: Dtype = "auto",
     program: Annotated[bool, typer.Option(help="Print the program's text too.")] = True,
+    after: Annotated[str | None, typer.Option(help="Only the program's text after this pass, or after export.")] = None,
+    diff: Annotated[str | None, typer.Option(help="Only what this pass changes in the program's text.")] = None,
+    weights: Annotated[bool, typer.Option("--weights", help="Only the parameters, as formulas over the checkpoint.")] = False,
 ) -> None:
     """Compile without loading weights; print the pass table, kernels, caches and the program."""
-    from autodeploy._compile import trace
+    from autodeploy._compile import pipeline_of, trace
     from autodeploy.config import LLMArgs
     from autodeploy.report.tables import describe
+    from autodeploy.report.texts import EXPORT, TextsAfter, formulas, moment_before
     from autodeploy.report.timeline import Timeline
 
-    timeline = Timeline()
-    args = LLMArgs(model=model, dtype=dtype)
-    lowered = trace(model, args, timeline)
-    print(describe(lowered, timeline, args.kv_cache_config.page_size))
-    if program:
-        print(lowered)
+    timeline, args = Timeline(), LLMArgs(model=model, dtype=dtype)
+    pipeline = pipeline_of(args)
+    for name in (after, diff):
+        if name is not None and name != EXPORT:
+            pipeline.index(name)  # an unknown name is refused before the work starts
+    earlier = None if diff in (None, EXPORT) else moment_before(diff, pipeline.names())
+    texts = TextsAfter(*filter(None, (after, diff, earlier)))
+    lowered = trace(args, timeline, texts)
+    if after is not None:
+        print(texts.texts[after])
+    if diff is not None:
+        print(texts.diff(earlier, diff) if earlier else texts.texts[diff])
+    if weights:
+        print(formulas(lowered))
+    if after is None and diff is None and not weights:
+        print(describe(lowered, timeline, args.kv_cache_config.page_size))
+        if program:
+            print(lowered)
+
+
+@app.command()
+def report(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file to write.")] = Path("report.html"),
+    dtype: Dtype = "auto",
+    max_batch_size: Annotated[int | None, typer.Option(help="The most requests running at once.", min=1)] = None,
+    max_seq_len: Annotated[int | None, typer.Option(help="The most tokens of one request; absent, the model's.", min=1)] = None,
+) -> None:
+    """Compile, and write what happened as one HTML page."""
+    from autodeploy._compile import compile_observed
+    from autodeploy.config import LLMArgs
+    from autodeploy.report.html import Before, Settings, page
+
+    given: dict[str, Any] = {"max_batch_size": max_batch_size, "max_seq_len": max_seq_len}
+    args = LLMArgs(model=model, dtype=dtype, **{name: value for name, value in given.items() if value is not None})
+    before = Before()
+    compiled = compile_observed(args, before)
+    settings = Settings(
+        page_size=args.kv_cache_config.page_size,
+        pool_tokens=compiled.num_pool_tokens,
+        max_batch_size=args.max_batch_size,
+        max_num_tokens=args.max_num_tokens,
+        max_seq_len=compiled.max_seq_len,
+    )
+    title, footer = Path(model).resolve().name, f"autodeploy {__version__}"
+    text = page(title, compiled.program, before, compiled.timeline, settings, footer)
+    output.write_text(text, encoding="utf-8")
+    print(f"{output}: {len(text.encode()) / 1e3:.0f} kB")
+
+
+@app.command()
+def replay(folder: Annotated[Path, typer.Argument(help="The folder that the error of a failed pass names.")]) -> None:
+    """Run a failed pass again, on the program as it was before it."""
+    from autodeploy.transforms.pipeline import Pipeline
+    from autodeploy.transforms.reproducer import read_reproducer
+
+    program, passes, target, verify, error = read_reproducer(folder)
+    print(f"failed with: {error}\nrunning again: {', '.join(item.name for item in passes)}")
+    Pipeline(passes).run(program, target, verify=verify)
+    print("every pass succeeded this time")
 
 
 @app.command("version")

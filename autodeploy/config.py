@@ -273,7 +273,6 @@ class LLMArgs(_Options):
         "batched_logits_processor speculative_config guided_decoding_backend structured_outputs_config enable_lora "
         "lora_config peft_cache_config cache_transceiver_config kv_transfer_config orchestrator_type "
         "distributed_executor_backend enable_iter_perf_stats return_perf_metrics generation_config",
-        verify=("structure", "off"),
         load_format=("auto",),
         tensor_parallel_size=(1,),
         pipeline_parallel_size=(1,),

@@ -98,7 +98,7 @@ def test_inspect_prints_passes_kernels_caches_and_the_program(runs: Runs) -> Non
     done = runs["inspect"]
     assert done.returncode == 0, done.stderr
     assert all(name in done.stdout for name in default_pipeline().names())
-    assert re.search(r"kernels.*caches: 4, \d+ bytes per token.*weights: \d+ parameters", done.stdout, re.DOTALL)
+    assert re.search(r"kernels.*caches: 6, \d+ bytes per token.*weights: \d+ parameters", done.stdout, re.DOTALL)
     assert re.search(r"program \(lowered;.*inputs:\n  input_ids.*paged_attention\(.*return ", done.stdout, re.DOTALL)
 
 

@@ -178,7 +178,6 @@ def test_max_batch_size_follows_a_small_token_budget() -> None:
         ({"kv_cache_config": {"enable_block_reuse": True}}, ["enable_block_reuse=True is not supported yet"]),
         ({"gpu_memory_utilization": 0.9}, ["kv_cache_config={'free_memory_fraction': ...}"]),
         ({"block_size": 16}, ["kv_cache_config={'page_size': ...}"]),
-        ({"verify": "numeric"}, ["verify='numeric' is not supported yet"]),
         ({"load_format": "dummy"}, ["load_format='dummy' is not supported yet"]),
         ({"tensor_parallel_size": 2}, ["tensor_parallel_size=2 is not supported yet"]),
         ({"quantization": "fp8"}, ["quantization='fp8' is not supported yet"]),

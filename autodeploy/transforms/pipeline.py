@@ -12,12 +12,13 @@ from typing import Any
 from torch import fx
 
 from autodeploy.errors import AutoDeployError, ConfigError, TransformError, did_you_mean
-from autodeploy.program import PassRecord, Program
+from autodeploy.program import PassRecord, Program, Snapshot
 from autodeploy.specs import Target
-from autodeploy.transforms.base import Transform
+from autodeploy.transforms.base import Effect, Transform
 from autodeploy.transforms.reproducer import write_reproducer
 from autodeploy.transforms.rewrite import erase_dead
 from autodeploy.transforms.verify import VerificationError, verify_structure
+from autodeploy.transforms.verify_numeric import NumericVerifier, leaf_types
 
 Observer = Callable[[Program, PassRecord], None]
 
@@ -67,32 +68,48 @@ class Pipeline:
         return Pipeline((*self.passes[:at], item, *self.passes[at + removed :]))
 
     def run(self, program: Program, target: Target, *observers: Observer, verify: str = "structure") -> Program:
-        """Apply every pass in order, in place; each is recorded. verify: off, or structure after every pass that did something.
+        """Apply every pass in order, in place; each is recorded.
 
-        A pass that fails leaves the program as it was before it. Raises TransformError, or UnsupportedModelError as it is.
+        verify, after every pass that did something: "structure" (see `verify_structure`); "numeric", its numbers too, on drawn
+        data in float64, which needs a program as exported; or "off". A pass that fails leaves the program as it was before it.
+        Raises TransformError, or UnsupportedModelError as it is.
         """
+        checks = Checks(verify, NumericVerifier(leaf_types(program)) if verify == "numeric" else None)
         for i, item in enumerate(self.passes):
-            record = _run_pass(item, program, target, verify, self.passes[i:])
+            record = _run_pass(item, program, target, checks, self.passes[i:])
             program.history.append(record)
             for observe in observers:
                 observe(program, record)
         return program
 
 
-def _run_pass(item: Transform, program: Program, target: Target, verify: str, remaining: tuple[Transform, ...]) -> PassRecord:
+@dataclass(frozen=True)
+class Checks:
+    """What is verified after a pass."""
+
+    verify: str
+    numeric: NumericVerifier | None = None
+
+    def run(self, before: Snapshot, program: Program, effect: Effect) -> None:
+        if self.verify != "off":
+            verify_structure(before, program, effect)
+        if self.numeric is not None:
+            self.numeric.compare(before.as_program(), program, effect)
+
+
+def _run_pass(item: Transform, program: Program, target: Target, checks: Checks, remaining: tuple[Transform, ...]) -> PassRecord:
     before, started = program.op_counts(), time.perf_counter()
     snapshot = program.snapshot()
     try:
         rewrites = item.apply(program, target)
         if rewrites:
             erase_dead(program)
-            if verify != "off":
-                verify_structure(snapshot, program, item.effect)
+            checks.run(snapshot, program, item.effect)
     except Exception as error:
         program.restore(snapshot)
         if isinstance(error, AutoDeployError):
             raise
-        raise _explained(error, item, program, write_reproducer(program, remaining, target, verify, error)) from error
+        raise _explained(error, item, program, write_reproducer(program, remaining, target, checks.verify, error)) from error
     program.graph.recompile()
     after = program.op_counts()
     delta = {name: after[name] - before[name] for name in sorted(before | after) if after[name] != before[name]}

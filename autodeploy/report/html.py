@@ -1,0 +1,216 @@
+"""The report of one compile as a page in one file: no script, and nothing that is fetched from elsewhere."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from autodeploy.program import PassRecord, Program
+from autodeploy.report.drawing import draw, legend
+from autodeploy.report.layer import LayerView, semantic_name, view_layer
+from autodeploy.report.markup import TIMES, Html, join, num_bytes, signed, table, tag
+from autodeploy.report.style import stylesheet
+from autodeploy.report.texts import EXPORT
+from autodeploy.report.timeline import Timeline
+from autodeploy.specs import CacheSpec, SlidingWindowKV
+
+
+class Before:
+    """An observer that keeps what the page shows of the program as exported."""
+
+    def __init__(self) -> None:
+        self.layer: LayerView | None = None
+        self.num_ops = 0
+
+    def __call__(self, program: Program, record: PassRecord) -> None:
+        if record.name == EXPORT:
+            self.layer, self.num_ops = view_layer(program), program.op_counts().total()
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the memory plan is made for."""
+
+    page_size: int
+    pool_tokens: int
+    max_batch_size: int
+    max_num_tokens: int
+    max_seq_len: int
+
+
+def page(title: str, program: Program, before: Before, timeline: Timeline, settings: Settings, footer: str = "") -> str:
+    """The whole page."""
+    body = [
+        _header(title, program, before, timeline, settings),
+        _section("Pipeline", "What each pass did, in order; ops are counted before and after it.", _passes(program)),
+        _layers(program, before),
+        _section(
+            "Kernels", "The implementation chosen for each semantic op, and what spoke against the others.", _kernels(program)
+        ),
+        tag(
+            "div",
+            _section("Caches", "What attention calls remember, grouped by kind.", _caches(program)),
+            _section("Weights by format", "Parameters as they lie in memory.", _weights(program)),
+            class_="pair",
+        ),
+        tag(
+            "div",
+            _section("Memory plan", "Weights and the KV pool, for the settings below.", _memory(program, settings)),
+            _section("Start-up", "Phases and passes, one after the other.", _timeline(program, timeline)),
+            class_="pair",
+        ),
+        tag("footer", footer),
+    ]
+    head = join([Html('<meta charset="utf-8">'), tag("title", f"{title}: compile report"), tag("style", Html(stylesheet()))])
+    return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>{tag("main", *body)}</body></html>\n'
+
+
+def _section(heading: str, note: str, *content: object) -> Html:
+    return tag("section", tag("h2", heading), tag("p", note, class_="note"), *content)
+
+
+def _header(title: str, program: Program, before: Before, timeline: Timeline, settings: Settings) -> Html:
+    ops = program.op_counts().total()
+    change = tag("i", before.num_ops, " → ") if before.num_ops else ""
+    tiles = [
+        (join([change, ops]), "ops in the graph"),
+        (sum(record.rewrites for record in program.history), f"rewrites by {len(program.history)} passes"),
+        (num_bytes(_weight_bytes(program)), f"weights, {len(program.weights)} parameters"),
+        (num_bytes(_bytes_per_token(program, settings.page_size)), "of cache per token"),
+        (f"{sum(timeline.seconds.values()):.1f} s", "start-up"),
+    ]
+    shown = (tag("div", tag("b", value), tag("span", text), class_="tile") for value, text in tiles)
+    formats = ", ".join(_dtypes(program))
+    note = f"Compile report. The program is {program.level.value}, with {len(program.caches)} caches; weights are {formats}."
+    return join([tag("header", tag("h1", title), tag("p", note, class_="note")), tag("div", *shown, class_="tiles")])
+
+
+def _passes(program: Program) -> Html:
+    records = program.history
+    rows = (
+        (
+            i,
+            tag("code", record.name),
+            record.rewrites,
+            f"{record.seconds:.3f}",
+            signed(sum(record.op_delta.values())),
+            _delta(record),
+        )
+        for i, record in enumerate(records, 1)
+    )
+    return table(["#", "pass", "rewrites#", "seconds#", "ops#", "change of op counts"], rows)
+
+
+def _delta(record: PassRecord) -> Html:
+    if not record.op_delta:
+        return tag("span", "none", class_="chip none")
+    changes = sorted(record.op_delta.items(), key=lambda item: -abs(item[1]))
+    return join(
+        tag("span", f"{signed(count)} {name}", class_=f"chip mono {'more' if count > 0 else 'less'}") for name, count in changes
+    )
+
+
+def _layers(program: Program, before: Before) -> Html:
+    after = view_layer(program)
+    views = [("as exported", before.layer), ("as served", after)]
+    columns = (
+        tag("div", tag("h3", text, tag("small", f"{view.num_ops} ops")), draw(view)) for text, view in views if view is not None
+    )
+    note = (
+        f"Layer {after.index + 1} of {after.num_layers}, with everything that computes it. Each box is one op, the shape of its "
+        "result, and the parameters and batch inputs it reads; point at it to see the statement."
+    )
+    return _section("One layer, before and after", note, legend(), tag("div", *columns, class_="layers"))
+
+
+def _kernels(program: Program) -> Html:
+    if not program.providers:
+        return tag("p", "No kernels have been selected.", class_="note")
+    calls = Counter(semantic_name(node) for node in program.graph.graph.nodes)
+    rows = ((tag("code", op), calls[op], *_choice(str(choice))) for op, choice in program.providers.items())
+    return table(["op", "calls#", "provider", "not chosen, and why"], rows)
+
+
+def _choice(text: str) -> Iterator[object]:
+    """'a (not b: why; not c: why)' as two cells."""
+    provider, _, reasons = text.partition(" (")
+    yield tag("code", provider)
+    refused = [reason.removeprefix("not ") for reason in reasons.removesuffix(")").split("; ") if reason]
+    yield join(tag("div", reason) for reason in refused) or tag("span", "none registered before it", class_="chip none")
+
+
+def _bytes_per_token(program: Program, page_size: int) -> int:
+    return sum(spec.bytes_per_page(page_size) for spec in program.caches.values()) // page_size
+
+
+def _caches(program: Program) -> Html:
+    groups = Counter(program.caches.values())
+    rows = [(*_describe_cache(spec), count, num_bytes(spec.bytes_per_page(1) * count)) for spec, count in groups.items()]
+    return table(["kind", "per token", "dtype", "caches#", "bytes per token#"], rows)
+
+
+def _describe_cache(spec: CacheSpec) -> Iterator[object]:
+    kind = type(spec).__name__
+    yield tag("code", f"{kind}, window {spec.window}" if isinstance(spec, SlidingWindowKV) else kind)
+    yield f"{spec.num_kv_heads} {TIMES} ({spec.head_dim_k} + {spec.head_dim_v})"
+    yield spec.dtype
+
+
+def _weight_bytes(program: Program) -> int:
+    return sum(program.parameter(name).nbytes for name in program.weights)
+
+
+def _dtypes(program: Program) -> dict[str, list[int]]:
+    """dtype -> bytes of each parameter."""
+    sizes: dict[str, list[int]] = {}
+    for tensor in map(program.parameter, program.weights):
+        sizes.setdefault(str(tensor.dtype).removeprefix("torch."), []).append(tensor.nbytes)
+    return sizes
+
+
+def _weights(program: Program) -> Html:
+    formats = _dtypes(program).items()
+    rows = ((tag("code", dtype), len(sizes), f"{sum(sizes):,}", num_bytes(sum(sizes))) for dtype, sizes in formats)
+    return table(["format", "parameters#", "bytes#", "#"], rows)
+
+
+def _memory(program: Program, settings: Settings) -> Html:
+    weights = _weight_bytes(program)
+    tokens = settings.pool_tokens + settings.page_size  # the scratch page
+    pool = tokens * _bytes_per_token(program, settings.page_size)
+    total = max(weights + pool, 1)
+    shares = (
+        tag("i", class_=kind, style=f"width: {100 * part / total:.2f}%") for kind, part in (("weights", weights), ("pool", pool))
+    )
+    pages = f"{tokens // settings.page_size:,} pages of {settings.page_size} tokens"
+    rows: list[tuple[object, object]] = [
+        (join([tag("i", class_="key weights"), "weights"]), num_bytes(weights)),
+        (join([tag("i", class_="key pool"), f"KV pool: {pages}, one of them scratch"]), num_bytes(pool)),
+        (tag("b", "together"), tag("b", num_bytes(weights + pool))),
+        ("requests at once (max_batch_size)", f"{settings.max_batch_size:,}"),
+        ("tokens in one step (max_num_tokens)", f"{settings.max_num_tokens:,}"),
+        ("longest request (max_seq_len)", f"{settings.max_seq_len:,}"),
+        ("requests of that length that fit in the pool", f"{settings.pool_tokens // settings.max_seq_len:,}"),
+    ]
+    return join([tag("div", *shares, class_="stack"), table(["", "#"], rows)])
+
+
+def _timeline(program: Program, timeline: Timeline) -> Html:
+    """One bar per phase, each starting where the one before it ended; the passes once more by themselves."""
+    total, started, rows = sum(timeline.seconds.values()) or 1.0, 0.0, list[Html]()
+    for name, seconds in timeline.seconds.items():
+        rows.append(_bar(name, started / total, seconds / total, seconds, "phase"))
+        if name == "passes":
+            begun = started
+            for record in program.history:
+                rows.append(_bar(record.name, begun / total, record.seconds / total, record.seconds, "pass"))
+                begun += record.seconds
+        started += seconds
+    return tag("div", *rows, class_="bars")
+
+
+def _bar(name: str, start: float, share: float, seconds: float, kind: str) -> Html:
+    bar = tag("div", class_=f"bar {kind}", style=f"margin-left: {100 * start:.2f}%; width: {100 * share:.2f}%")
+    shown = f"{seconds:.2f} s" if kind == "phase" else f"{seconds:.3f} s"
+    return join([tag("span", name, class_=kind), tag("div", bar, class_="track"), tag("span", shown, class_=f"number {kind}")])

@@ -1,0 +1,145 @@
+"""Numbers before and after a pass: float64 on drawn data, each side through its own recipes, so that a wrong recipe shows too."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+
+import torch
+from torch import Tensor
+
+from autodeploy.program import Program
+from autodeploy.transforms.base import Effect
+from autodeploy.transforms.interpret import Interpreter, draw, parameters
+from autodeploy.transforms.rewrite import aten, calls, val
+from autodeploy.transforms.verify import VerificationError
+
+EXACT = 1e-9
+"""Largest relative difference in float64 between a graph and its rewrite."""
+ROUNDING = {"float64": 2.0, "float32": 2.0, "bfloat16": 3.0, "float16": 3.0}
+"""How much larger than before the error of a fusion in its working dtype may be."""
+MAX_BYTES = 2 << 30
+LENGTHS, CHUNK, PAGE_SIZE = (9, 1, 14), 5, 4
+"""Requests that are run, tokens of each per step once the graph is paged, and tokens per page."""
+
+LeafTypes = Mapping[str, tuple[str, tuple[int, ...]]]
+
+
+def leaf_types(program: Program) -> LeafTypes:
+    """dtype and shape of every leaf, from a program in which every parameter still is one."""
+    tensors = {name: program.parameter(name) for name in program.weights}
+    return {name: (str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)) for name, tensor in tensors.items()}
+
+
+@dataclass(frozen=True)
+class NumericVerifier:
+    """Compares programs over the same checkpoint tensors. Raises VerificationError."""
+
+    leaves: LeafTypes
+
+    def __post_init__(self) -> None:
+        if (num_bytes := 8 * sum(prod(shape) for _, shape in self.leaves.values())) > MAX_BYTES:
+            raise ValueError(
+                f"numeric verification would need {num_bytes / 2**30:.1f} GiB of float64 weights, and stops at "
+                f"{MAX_BYTES / 2**30:.0f}; verify a config with fewer layers, or use verify='structure'"
+            )
+
+    @cached_property
+    def data(self) -> dict[str, Tensor]:
+        return {name: draw(name, dtype, shape) for name, (dtype, shape) in self.leaves.items()}
+
+    @torch.no_grad()
+    def compare(self, before: Program, after: Program, effect: Effect) -> None:
+        """The same logits in float64; a pass that rounds elsewhere may not be much worse in the working dtype either."""
+        exact, result = self._run(before, wide=True), self._run(after, wide=True)
+        if (error := _difference(result, exact)) > EXACT and effect is not Effect.NUMERICS:
+            raise VerificationError(f"in float64 its logits differ by {error:.1e} from those before the pass (limit {EXACT:.0e})")
+        if effect in (Effect.FUSION, Effect.NUMERICS):
+            working = _working_dtype(after)
+            was, now = (_difference(self._run(program, wide=False), exact) for program in (before, after))
+            if now > ROUNDING[working] * was + torch.finfo(getattr(torch, working)).eps:
+                raise VerificationError(f"in {working} its error grew from {was:.1e} to {now:.1e}")
+
+    def _run(self, program: Program, *, wide: bool) -> list[Tensor]:
+        interpreter = Interpreter(program, parameters(program, self.data), wide=wide)
+        requests = _requests(program)
+        return _run_paged(program, interpreter, requests) if program.caches else _run_alone(program, interpreter, requests)
+
+
+def _working_dtype(program: Program) -> str:
+    return str(val(calls(program, aten.embedding.default)[0]).dtype).removeprefix("torch.")
+
+
+def _difference(results: list[Tensor], references: list[Tensor]) -> float:
+    """Largest of max|a - b| / max|b|; infinite where shapes or non-finite places differ."""
+    worst = 0.0
+    for a, b in zip(results, references, strict=True):
+        if a.shape != b.shape or not torch.equal(a.isfinite(), b.isfinite()):
+            return float("inf")
+        finite = b.isfinite()
+        if finite.any():
+            a, b = a[finite].double(), b[finite].double()
+            worst = max(worst, float((a - b).abs().max() / b.abs().max().clamp_min(1e-300)))
+    return worst
+
+
+def _requests(program: Program) -> list[Tensor]:
+    """Token ids that every embedding table has rows for."""
+    rows = min((int(val(node.args[0]).shape[0]) for node in calls(program, aten.embedding.default)), default=2)
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(0, rows, (length,), generator=generator) for length in LENGTHS]
+
+
+def _run_alone(program: Program, interpreter: Interpreter, requests: list[Tensor]) -> list[Tensor]:
+    results = []
+    for ids in requests:
+        values = _row([(ids, 0, len(ids))])
+        results.append(interpreter.run(*(values[name] for name in program.inputs))[0])
+    return results
+
+
+def _row(parts: list[tuple[Tensor, int, int]]) -> dict[str, Tensor]:
+    """Inputs for tokens [start, stop) of several requests in one row."""
+    return {
+        "input_ids": torch.cat([ids[start:stop] for ids, start, stop in parts])[None],
+        "position_ids": torch.cat([torch.arange(start, stop) for _, start, stop in parts])[None],
+        "rope_len": torch.cat([torch.full((stop - start,), len(ids)) for ids, start, stop in parts])[None],
+    }
+
+
+def _run_paged(program: Program, interpreter: Interpreter, requests: list[Tensor]) -> list[Tensor]:
+    """All requests at once, a few tokens of each per step, their pages interleaved."""
+    num_pages = -(-max(LENGTHS) // PAGE_SIZE)
+    table = 1 + torch.arange(num_pages)[None, :] * len(requests) + torch.arange(len(requests))[:, None]
+    caches = _caches(program, interpreter, 1 + num_pages * len(requests))
+    results: list[list[Tensor]] = [[] for _ in requests]
+    for start in range(0, max(LENGTHS), CHUNK):
+        active = [i for i, ids in enumerate(requests) if len(ids) > start]
+        parts = [(requests[i], start, min(start + CHUNK, len(requests[i]))) for i in active]
+        values = _row(parts) | _where(table[active], parts)
+        logits = interpreter.run(*(values[name] for name in program.inputs), *caches)[0]
+        for i, part in zip(active, logits.split([stop - begin for _, begin, stop in parts]), strict=True):
+            results[i].append(part)
+    return [torch.cat(parts) for parts in results]
+
+
+def _caches(program: Program, interpreter: Interpreter, num_pages: int) -> list[Tensor]:
+    """Filled with large numbers: what is read without having been written shows."""
+    dtypes = [torch.float64 if interpreter.wide else getattr(torch, spec.dtype) for spec in program.caches.values()]
+    shapes = [spec.shape(num_pages, PAGE_SIZE) for spec in program.caches.values()]
+    return [torch.full(shape, 1e4, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
+
+
+def _where(table: Tensor, parts: list[tuple[Tensor, int, int]]) -> dict[str, Tensor]:
+    sizes = torch.tensor([stop - start for _, start, stop in parts])
+    positions = [torch.arange(start, stop) for _, start, stop in parts]
+    slots = [row[at // PAGE_SIZE] * PAGE_SIZE + at % PAGE_SIZE for row, at in zip(table, positions, strict=True)]
+    return {
+        "slot_mapping": torch.cat(slots),
+        "page_table": table,
+        "cu_seqlens_q": torch.cat([torch.zeros(1), sizes.cumsum(0)]).int(),
+        "seq_lens": torch.tensor([stop for _, _, stop in parts], dtype=torch.int32),
+        "logits_indices": torch.arange(int(sizes.sum())),
+    }
