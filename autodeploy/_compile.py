@@ -6,7 +6,6 @@ import copy
 import itertools
 import threading
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,13 @@ from typing import Any
 import psutil
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from autodeploy.capture.checkpoint import CheckpointSource, checkpoint_dtype, checkpoint_recipes
-from autodeploy.capture.export import capture, live_source
+from autodeploy.capture.checkpoint import CheckpointSource
+from autodeploy.capture.export import capture
+from autodeploy.capture.origin import ModelFacts, origin_of
 from autodeploy.capture.patches import rope_thresholds
-from autodeploy.capture.skeleton import build_skeleton, cast_floats, read_config, read_json, skeleton_of
+from autodeploy.capture.skeleton import read_config
 from autodeploy.config import LLMArgs, SamplingParams
 from autodeploy.errors import ConfigError, EngineDeadError, RequestError
 from autodeploy.executor.batch import BatchBuilder
@@ -36,19 +36,7 @@ from autodeploy.report.timeline import Timeline
 from autodeploy.specs import Target
 from autodeploy.transforms.default import default_pipeline
 from autodeploy.transforms.pipeline import Observer, Pipeline
-from autodeploy.weights import Cast, Recipe, Take, TensorSource
-
-Lowered = tuple[Program, TensorSource, "ModelFacts"]
-
-
-@dataclass(frozen=True)
-class ModelFacts:
-    """What serving needs to know of a model beside its program."""
-
-    config: Any
-    eos_token_ids: frozenset[int]
-    max_seq_len: int
-    vocab_size: int
+from autodeploy.weights import TensorSource
 
 
 def compile(model: Any, **options: Any) -> CompiledModel:
@@ -78,11 +66,18 @@ def trace(args: LLMArgs, timeline: Timeline, *observers: Observer) -> Program:
     return _lowered(args, timeline, *observers)[0]
 
 
-def _lowered(args: LLMArgs, timeline: Timeline, *observers: Observer) -> Lowered:
+def _lowered(args: LLMArgs, timeline: Timeline, *observers: Observer) -> tuple[Program, TensorSource, ModelFacts]:
+    """The lowered program, its weights as recipes over the source."""
     pipeline = pipeline_of(args)
-    if isinstance(args.model, nn.Module):
-        return _from_memory(args.model, args, pipeline, timeline, *observers)
-    return _from_folder(Path(args.model), args, pipeline, timeline, *observers)
+    origin = origin_of(args.model, args.dtype, args.ignore_unexpected_weights)
+    with timeline.phase("export"):
+        captured = capture(origin.skeleton, origin.buffers)
+    for observe in observers:
+        observe(captured.program, PassRecord("export", 0, timeline.seconds["export"], {}))
+    with timeline.phase("passes", len(pipeline.passes)) as advance:
+        program = pipeline.run(captured.program, _target(args), advance, *observers, verify=args.verify)
+    program.weights = program.weights.substitute(origin.recipes)
+    return program, origin.source_with(captured.initial), origin.facts
 
 
 def _refuse_other_models(model: Any) -> None:
@@ -114,59 +109,6 @@ def _target(args: LLMArgs) -> Target:
     return Target(device=_device(args), page_size=args.kv_cache_config.page_size)
 
 
-def _from_memory(model: Any, args: LLMArgs, pipeline: Pipeline, timeline: Timeline, *observers: Observer) -> Lowered:
-    skeleton: Any = skeleton_of(model)
-    stored = {name: tensor.dtype for name, tensor in skeleton.state_dict().items()}
-    if args.dtype != "auto":
-        cast_floats(skeleton, getattr(torch, args.dtype))
-    recipes = {name: _cast(Take(name), stored[name], tensor.dtype) for name, tensor in skeleton.state_dict().items()}
-    program, initial = _lower(skeleton, dict(model.named_buffers()), recipes, args, pipeline, timeline, *observers)
-    return program, live_source(model, initial), _facts(model.config, getattr(model, "generation_config", None))
-
-
-def _from_folder(folder: Path, args: LLMArgs, pipeline: Pipeline, timeline: Timeline, *observers: Observer) -> Lowered:
-    config = read_config(folder)
-    source = CheckpointSource(folder)
-    dtype = checkpoint_dtype(config, source) if args.dtype == "auto" else getattr(torch, args.dtype)
-    skeleton: Any = build_skeleton(config, dtype)
-    wanted = {name: tensor.dtype for name, tensor in skeleton.state_dict().items()}
-    recipes = {
-        name: _cast(recipe, source.describe(recipe.name).dtype if isinstance(recipe, Take) else None, wanted[name])
-        for name, recipe in checkpoint_recipes(skeleton, source, args.ignore_unexpected_weights).items()
-    }
-    program, source.initial = _lower(skeleton, dict(skeleton.named_buffers()), recipes, args, pipeline, timeline, *observers)
-    return program, source, _facts(config, _generation_config(folder))
-
-
-def _generation_config(folder: Path) -> GenerationConfig | None:
-    path = folder / "generation_config.json"
-    return GenerationConfig.from_dict(read_json(path)) if path.exists() else None
-
-
-def _cast(recipe: Recipe, stored: torch.dtype | None, wanted: torch.dtype) -> Recipe:
-    return recipe if stored == wanted else Cast(recipe, wanted)
-
-
-def _lower(
-    skeleton: Any,
-    buffers: dict[str, Tensor],
-    recipes: dict[str, Recipe],
-    args: LLMArgs,
-    pipeline: Pipeline,
-    timeline: Timeline,
-    *observers: Observer,
-) -> tuple[Program, dict[str, Tensor]]:
-    """The lowered program, its weights as recipes over the source, and the values of its initial buffers."""
-    with timeline.phase("export"):
-        captured = capture(skeleton, buffers)
-    for observe in observers:
-        observe(captured.program, PassRecord("export", 0, timeline.seconds["export"], {}))
-    with timeline.phase("passes", len(pipeline.passes)) as advance:
-        program = pipeline.run(captured.program, _target(args), advance, *observers, verify=args.verify)
-    program.weights = program.weights.substitute(recipes)
-    return program, dict(captured.initial)
-
-
 def _eager(args: LLMArgs, timeline: Timeline) -> CompiledModel:
     model: Any = args.model
     with timeline.phase("load weights"):
@@ -175,17 +117,8 @@ def _eager(args: LLMArgs, timeline: Timeline) -> CompiledModel:
             CheckpointSource(Path(model))
             model = AutoModelForCausalLM.from_pretrained(model, dtype=args.dtype, trust_remote_code=False, use_safetensors=True)
         own = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})  # shared
-    return CompiledModel(
-        args, _facts(model.config, model.generation_config), timeline, EagerRunner(own.eval(), rope_thresholds(own)), None
-    )
-
-
-def _facts(config: Any, generation: Any) -> ModelFacts:
-    text = config.get_text_config()
-    eos = getattr(generation, "eos_token_id", None) if generation is not None else None
-    eos = text.eos_token_id if eos is None else eos
-    ids = frozenset() if eos is None else frozenset(eos if isinstance(eos, list) else [eos])
-    return ModelFacts(config, ids, getattr(text, "max_position_embeddings", None) or 2048, text.vocab_size)
+    facts = ModelFacts.of(model.config, model.generation_config)
+    return CompiledModel(args, facts, timeline, EagerRunner(own.eval(), rope_thresholds(own)), None)
 
 
 class CompiledModel:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -165,12 +165,12 @@ class TensorSource(Protocol):
     def fetch(self, leaf: Recipe) -> Tensor: ...
 
 
-@dataclass(frozen=True)
+@dataclass
 class LiveSource:
     """The tensors of a model in memory (and its initial buffers), shared, never copied."""
 
     tensors: Mapping[str, Tensor]
-    initial: Mapping[str, Tensor]
+    initial: Mapping[str, Tensor] = field(default_factory=dict)
     mapped: bool = False
 
     def fetch(self, leaf: Recipe) -> Tensor:

@@ -340,7 +340,8 @@ def compiled() -> Iterator[CompiledModel]:
     with torch.no_grad():
         model.model.embed_tokens.weight[IS_NAN] = torch.nan
         model.lm_head.weight[[RAISES, IS_NAN]] = 0.0  # never the most likely token
-    options = {"max_num_tokens": 32, "max_batch_size": 8, "kv_cache_config": {"page_size": 8}}
+    options: dict[str, Any] = {"max_num_tokens": 32, "max_batch_size": 8, "kv_cache_config": {"page_size": 8}}
+    options["verify"] = "off"  # a function that is no op would be refused
     compiled = autodeploy.compile(model, pipeline=lambda passes: passes.insert_before("select_kernels", Poison()), **options)
     yield compiled
     compiled.shutdown()

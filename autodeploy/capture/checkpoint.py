@@ -29,8 +29,9 @@ class CheckpointSource:
 
     mapped = True
 
-    def __init__(self, folder: Path, initial: Mapping[str, Tensor] | None = None) -> None:
-        self.folder, self.initial = folder, dict(initial or {})
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.initial: Mapping[str, Tensor] = {}
         self._files: dict[str, Any] = {}
         self._file_of = self._read_index()
 

@@ -20,7 +20,7 @@ from autodeploy.capture.patches import CaptureState, applied, rope_thresholds, r
 from autodeploy.errors import UnsupportedModelError
 from autodeploy.program import Program
 from autodeploy.specs import INPUTS
-from autodeploy.weights import Initial, LiveSource, Recipe, Take, WeightPlan
+from autodeploy.weights import Initial, Recipe, Take, WeightPlan
 
 EXAMPLE_TOKENS = 19
 """Length traced with; the graph may not depend on it (checked)."""
@@ -167,9 +167,3 @@ def _resolve(module: Any, target: str) -> Any:
     for part in target.split("."):
         module = getattr(module, part)
     return module
-
-
-def live_source(model: nn.Module, initial: Mapping[str, Tensor]) -> LiveSource:
-    """The tensors of a model in memory as the source of a program's weights."""
-    tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
-    return LiveSource(tensors, initial)

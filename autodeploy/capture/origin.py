@@ -1,0 +1,89 @@
+"""Where a model comes from, memory or a folder: its skeleton, and how its tensors reach the names of the skeleton."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig
+
+from autodeploy.capture.checkpoint import CheckpointSource, checkpoint_dtype, checkpoint_recipes
+from autodeploy.capture.skeleton import build_skeleton, cast_floats, read_config, read_json, skeleton_of
+from autodeploy.weights import Cast, LiveSource, Recipe, Take
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What serving needs to know of a model beside its program."""
+
+    config: Any
+    eos_token_ids: frozenset[int]
+    max_seq_len: int
+    vocab_size: int
+
+    @classmethod
+    def of(cls, config: Any, generation: Any) -> ModelFacts:
+        """From a model's config and its generation config, which may be None."""
+        text = config.get_text_config()
+        eos = getattr(generation, "eos_token_id", None)
+        eos = text.eos_token_id if eos is None else eos
+        ids = frozenset() if eos is None else frozenset(eos if isinstance(eos, list) else [eos])
+        return cls(config, ids, getattr(text, "max_position_embeddings", None) or 2048, text.vocab_size)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """A model before capture."""
+
+    skeleton: Any
+    recipes: Mapping[str, Recipe]
+    """Tensor of the skeleton, by name -> recipe over the source."""
+    buffers: Mapping[str, Tensor]
+    source: LiveSource | CheckpointSource
+    facts: ModelFacts
+
+    def source_with(self, initial: Mapping[str, Tensor]) -> LiveSource | CheckpointSource:
+        """The source, knowing the values of a captured program's initial buffers too."""
+        self.source.initial = initial
+        return self.source
+
+
+def origin_of(model: Any, dtype: str, ignore_unexpected: bool) -> Origin:
+    """model: a transformers model in memory, or a folder. dtype: a name, or auto for the model's own."""
+    return _in_memory(model, dtype) if isinstance(model, nn.Module) else _in_folder(Path(model), dtype, ignore_unexpected)
+
+
+def _in_memory(model: Any, dtype: str) -> Origin:
+    skeleton: Any = skeleton_of(model)
+    stored = {name: tensor.dtype for name, tensor in skeleton.state_dict().items()}
+    if dtype != "auto":
+        cast_floats(skeleton, getattr(torch, dtype))
+    recipes = {name: _cast(Take(name), stored[name], tensor.dtype) for name, tensor in skeleton.state_dict().items()}
+    tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    facts = ModelFacts.of(model.config, getattr(model, "generation_config", None))
+    return Origin(skeleton, recipes, dict(model.named_buffers()), LiveSource(tensors), facts)
+
+
+def _in_folder(folder: Path, dtype: str, ignore_unexpected: bool) -> Origin:
+    config, source = read_config(folder), CheckpointSource(folder)
+    skeleton: Any = build_skeleton(config, checkpoint_dtype(config, source) if dtype == "auto" else getattr(torch, dtype))
+    wanted = {name: tensor.dtype for name, tensor in skeleton.state_dict().items()}
+    recipes = {
+        name: _cast(recipe, source.describe(recipe.name).dtype if isinstance(recipe, Take) else None, wanted[name])
+        for name, recipe in checkpoint_recipes(skeleton, source, ignore_unexpected).items()
+    }
+    facts = ModelFacts.of(config, _generation_config(folder))
+    return Origin(skeleton, recipes, dict(skeleton.named_buffers()), source, facts)
+
+
+def _cast(recipe: Recipe, stored: torch.dtype | None, wanted: torch.dtype) -> Recipe:
+    return recipe if stored == wanted else Cast(recipe, wanted)
+
+
+def _generation_config(folder: Path) -> GenerationConfig | None:
+    path = folder / "generation_config.json"
+    return GenerationConfig.from_dict(read_json(path)) if path.exists() else None
