@@ -30,6 +30,7 @@ from autodeploy.executor.outputs import RequestHandle, RequestOutput
 from autodeploy.executor.request import Detokenizer, Request
 from autodeploy.executor.sampler import Sampler
 from autodeploy.executor.scheduler import Scheduler
+from autodeploy.plugins import apply_plugins, foreign_passes
 from autodeploy.program import PassRecord, Program
 from autodeploy.report.tables import describe
 from autodeploy.report.timeline import Timeline
@@ -90,11 +91,12 @@ def _refuse_other_models(model: Any) -> None:
 
 
 def pipeline_of(args: LLMArgs) -> Pipeline:
-    """The passes that these options ask for."""
-    default = default_pipeline(_target(args))
+    """The passes that these options ask for: the default ones or those given, as the plugins and then a function edit them."""
+    given = args.pipeline if isinstance(args.pipeline, Pipeline) else default_pipeline(_target(args))
+    edited = apply_plugins(given, args.plugins)
     if args.pipeline is None or isinstance(args.pipeline, Pipeline):
-        return args.pipeline or default
-    if not callable(args.pipeline) or not isinstance(edited := args.pipeline(default), Pipeline):
+        return edited
+    if not callable(args.pipeline) or not isinstance(edited := args.pipeline(edited), Pipeline):
         raise ConfigError("'pipeline' must be a Pipeline or a function from Pipeline to Pipeline")
     return edited
 
@@ -159,7 +161,9 @@ class CompiledModel:
 
     def report(self) -> str:
         """Passes, providers, caches, weights and start-up time as text."""
-        return describe(self.program, self.timeline, self.args.kv_cache_config.page_size)
+        foreign = foreign_passes(pipeline_of(self.args))
+        text = describe(self.program, self.timeline, self.args.kv_cache_config.page_size)
+        return text + (f"passes from elsewhere: {', '.join(foreign)}\n" if foreign else "")
 
     def __call__(self, input_ids: Tensor) -> Tensor:
         """Logits [B, S, vocab] of token ids [B, S]; the B rows are served as B requests."""

@@ -30,6 +30,9 @@ Model = Annotated[str, typer.Argument(help="A checkpoint folder.")]
 Backend = Annotated[str, typer.Option(help="autodeploy, or pytorch for the eager reference.")]
 Dtype = Annotated[str, typer.Option(help="Element type of weights and activations; auto is the checkpoint's.")]
 
+Plugins = Annotated[list[str] | None, typer.Option("--plugin", help="A plugin to apply; may be given several times.")]
+Settings = Annotated[list[str] | None, typer.Option("--set", help="pass.option=value; may be given several times.")]
+
 
 def main() -> None:
     """Entry point: an error that autodeploy raises on purpose is one line, not a traceback."""
@@ -87,12 +90,14 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per prompt.")] = False,
     backend: Backend = "autodeploy",
     dtype: Dtype = "auto",
+    plugins: Plugins = None,
+    settings: Settings = None,
 ) -> None:
     """Generate for one or several prompts."""
     from autodeploy import LLM
 
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, stop=stop)
-    with LLM(model, backend=backend, dtype=dtype) as llm:
+    with LLM(model, backend=backend, dtype=dtype, **_passes(plugins, settings)) as llm:
         outputs = _chat(llm, prompt, params) if chat else llm.generate(prompt, params)
     for text, output in zip(prompt, outputs, strict=True):
         answer = output.outputs[0]
@@ -103,6 +108,13 @@ def generate(
             print(answer.text)
     if (failed := next((output.error for output in outputs if output.error), None)) is not None:
         raise failed
+
+
+def _passes(plugins: list[str] | None, settings: list[str] | None) -> dict[str, Any]:
+    """The options of the engine that --plugin and --set stand for."""
+    from autodeploy.plugins import apply_settings
+
+    return {"plugins": plugins, "pipeline": (lambda pipeline: apply_settings(pipeline, settings)) if settings else None}
 
 
 def _chat(llm: LLM, prompts: list[str], params: SamplingParams) -> list[Any]:
@@ -119,6 +131,8 @@ def inspect(
     after: Annotated[str | None, typer.Option(help="Only the program's text after this pass, or after export.")] = None,
     diff: Annotated[str | None, typer.Option(help="Only what this pass changes in the program's text.")] = None,
     weights: Annotated[bool, typer.Option("--weights", help="Only the parameters, as formulas over the checkpoint.")] = False,
+    plugins: Plugins = None,
+    settings: Settings = None,
 ) -> None:
     """Compile without loading weights; print the pass table, kernels, caches and the program."""
     from autodeploy._compile import pipeline_of, trace
@@ -127,7 +141,7 @@ def inspect(
     from autodeploy.report.texts import EXPORT, TextsAfter, formulas, moment_before
     from autodeploy.report.timeline import Timeline
 
-    timeline, args = Timeline(), LLMArgs(model=model, dtype=dtype)
+    timeline, args = Timeline(), LLMArgs(model=model, dtype=dtype, **_passes(plugins, settings))
     pipeline = pipeline_of(args)
     for name in (after, diff):
         if name is not None and name != EXPORT:

@@ -267,7 +267,7 @@ class LLMArgs(_Options):
         "max_model_len": "max_seq_len",
     }
     _LATER = _only_neutral(
-        "quantization plugins revision tokenizer_revision hf_token hf_overrides cp_config enable_expert_parallel "
+        "quantization revision tokenizer_revision hf_token hf_overrides cp_config enable_expert_parallel "
         "enable_attention_dp attention_dp_config gpus_per_node max_input_len enable_prefix_caching scheduler_config "
         "async_scheduling cuda_graph_config torch_compile_config compilation_config logits_processors "
         "batched_logits_processor speculative_config guided_decoding_backend structured_outputs_config enable_lora "
@@ -333,7 +333,7 @@ class LLMArgs(_Options):
     kv_cache_config: KVCacheConfig = Field(default=KVCacheConfig(), description="a KVCacheConfig or a dict of its options")
     enable_chunked_prefill: bool = Field(default=True, description="whether a long prompt may be computed over several steps")
     seed: int = Field(default=0, ge=0, lt=2**63, description="the seed of draws of requests that bring none, in [0, 2**63)")
-    plugins: tuple[str, ...] = Field(default=(), description="the names of installed plugins to apply, in order")
+    plugins: tuple[str, ...] = Field(default=(), description="the plugins to apply: names of installed ones, or module:attribute")
     pipeline: Any = Field(default=None, description="a Pipeline, or a function from Pipeline to Pipeline")
     verify: Literal["off", "structure", "numeric"] = Field(
         default="structure", description="what is checked after each graph pass"
