@@ -39,7 +39,7 @@ def section(item: Transform) -> Iterator[str]:
     kind = type(item)
     path = f"autodeploy/{kind.__module__.split('.', 1)[1].replace('.', '/')}.py"
     yield f"## {item.name}\n"
-    yield f"`{kind.__name__}` in [`{path}`](../{path}). Effect: {item.effect.value}, {EFFECTS[item.effect]}.\n"
+    yield f"`{kind.__name__}` in [`{path}`](../{path}). Effect: {item.effect.value} ({EFFECTS[item.effect]}).\n"
     prose, _, example = (inspect.getdoc(kind) or "").partition("\n\nbefore:")
     yield f"{prose}\n"
     if example:

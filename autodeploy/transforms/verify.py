@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from autodeploy import custom_ops as ops
 from autodeploy.codec import describe
 from autodeploy.custom_ops import PROVIDED, SEMANTIC_OPS, symbolic
 from autodeploy.program import NodeRecord, Program, Snapshot, op_name, symbols
@@ -22,6 +23,15 @@ FORBIDDEN: dict[Level, set[str]] = {
     Level.LOWERED: {"attention"},
 }
 """Semantic ops that may not stand in a graph of that level."""
+ONE_DTYPE = {
+    torch.ops.aten.linear.default: 3,
+    ops.rope.overload: 3,
+    ops.gated_activation.overload: 2,
+    ops.attention.overload: 3,
+    ops.kv_append.overload: 3,
+    ops.paged_attention.overload: 2,
+}
+"""Ops whose first arguments must share a dtype, which deriving their value does not notice."""
 
 
 class VerificationError(Exception):
@@ -87,6 +97,9 @@ def _check_values(before: Snapshot, program: Program) -> None:
         except Exception as error:
             reason = f"{op_name(node.target)} cannot take its arguments: {str(error).splitlines()[0]}"
             raise VerificationError(reason, node.name) from error
+        dtypes = {str(arg.meta["val"].dtype) for arg in node.args[: ONE_DTYPE.get(node.target, 0)] if isinstance(arg, fx.Node)}
+        if len(dtypes) > 1:
+            raise VerificationError(f"{op_name(node.target)} reads {' and '.join(sorted(dtypes))}", node.name)
         if describe(node.meta["val"], names) != describe(derived, names):
             reason = f"its value is noted as {describe(node.meta['val'], names)}, but it gives {describe(derived, names)}"
             raise VerificationError(reason, node.name)

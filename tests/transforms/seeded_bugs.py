@@ -16,10 +16,13 @@ from torch import Tensor, fx
 
 from autodeploy import Effect, Pipeline, Program, Target, default_pipeline
 from autodeploy import custom_ops as ops
+from autodeploy.capture.export import capture
+from autodeploy.capture.skeleton import skeleton_of
 from autodeploy.transforms.rewrite import aten, calls, erase_dead, insert_call, insert_parameter, replace_call, val
 from autodeploy.transforms.verify import VerificationError, verify_structure
 from autodeploy.transforms.verify_numeric import NumericVerifier, leaf_types
 from autodeploy.weights import Cast, Cat, Recipe, Take, Unary
+from tests.models.families import make_model
 from tests.transforms.helpers import family_program
 
 Damage = Callable[[Program], None]
@@ -33,7 +36,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "granite_swa": {**MIXED, **SCALES},
     "gemma2": MIXED,
     "starcoder2": TWO_LAYERS,
-    "qwen3": {**TWO_LAYERS, "dtype": torch.bfloat16},
+    "qwen3": TWO_LAYERS,  # its parameters in bfloat16
     "gpt2": {"n_layer": 2},
 }
 
@@ -79,6 +82,8 @@ def exchange(target: Any, index: int, first: int, second: int) -> Damage:
     def damage(program: Program) -> None:
         a, b = calls(program, target)[first], calls(program, target)[second]
         mine, other = a.args[index], b.args[index]
+        if isinstance(other, fx.Node) and other.op == "get_attr":
+            a.prepend(other)
         a.args, b.args = (*a.args[:index], other, *a.args[index + 1 :]), (*b.args[:index], mine, *b.args[index + 1 :])
 
     return damage
@@ -421,6 +426,9 @@ BUGS = [
     Bug("cast of cos left out", "dtype", Q, C, FUSION, lambda program: cos_uncast(program)),
     Bug("activation not cast back", "dtype", G, C, FUSION, after(gated, aten.to.dtype, half)),
     Bug("queries narrowed", "dtype", G, L, FUSION, before(paged, 0, aten.to.dtype, half)),
+    Bug("keys narrowed before they are stored", "dtype", G, L, INPUTS, before(ops.kv_append, 0, aten.to.dtype, half)),
+    Bug("cos widened", "dtype", Q, C, FUSION, before(rope, 1, aten.to.dtype, torch.float32)),
+    Bug("up widened", "dtype", Q, C, FUSION, before(gated, 1, aten.to.dtype, torch.float32)),
     Bug("stale shape", "shape", G, C, REWRITE, value(linear, lambda known: known[..., :3])),
     Bug("input and weight of a linear swapped", "shape", G, C, REWRITE, swap(linear, 0, 1)),
     Bug("split sizes swapped", "shape", G, C, PARAMETERS, edit(split, 1, lambda sizes: [sizes[1], sizes[0], sizes[2]])),
@@ -483,6 +491,13 @@ def reached(node: fx.Node) -> set[fx.Node]:
 # Running them
 
 
+def bfloat16_program(family: str, overrides: dict[str, Any]) -> Program:
+    model = make_model(family, **overrides)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(half)
+    return capture(skeleton_of(model), dict(model.named_buffers())).program
+
+
 @dataclass(frozen=True)
 class Bench:
     """Programs of every family at every stage."""
@@ -494,7 +509,7 @@ class Bench:
     def build(cls) -> Bench:
         programs, verifiers = {}, {}
         for family, overrides in FAMILIES.items():
-            program, _ = family_program(family, **overrides)
+            program = bfloat16_program(family, overrides) if family == Q else family_program(family, **overrides)[0]
             verifiers[family] = NumericVerifier(leaf_types(program))
             for item in default_pipeline():
                 Pipeline((item,)).run(program, Target())
