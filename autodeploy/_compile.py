@@ -20,6 +20,7 @@ from autodeploy.capture.export import capture
 from autodeploy.capture.origin import ModelFacts, origin_of
 from autodeploy.capture.patches import rope_thresholds
 from autodeploy.capture.skeleton import read_config
+from autodeploy.capture.twin import capture_twin
 from autodeploy.config import LLMArgs, SamplingParams
 from autodeploy.errors import ConfigError, EngineDeadError, RequestError
 from autodeploy.executor.batch import BatchBuilder
@@ -30,13 +31,14 @@ from autodeploy.executor.outputs import RequestHandle, RequestOutput
 from autodeploy.executor.request import Detokenizer, Request
 from autodeploy.executor.sampler import Sampler
 from autodeploy.executor.scheduler import Scheduler
-from autodeploy.plugins import apply_plugins, foreign_passes
+from autodeploy.plugins import apply_plugins, foreign_text
 from autodeploy.program import PassRecord, Program
 from autodeploy.report.tables import describe
 from autodeploy.report.timeline import Timeline
 from autodeploy.specs import Target
 from autodeploy.transforms.default import default_pipeline
 from autodeploy.transforms.pipeline import Observer, Pipeline
+from autodeploy.transforms.verify_numeric import MAX_BYTES, float64_bytes
 from autodeploy.weights import TensorSource
 
 
@@ -75,8 +77,14 @@ def _lowered(args: LLMArgs, timeline: Timeline, *observers: Observer) -> tuple[P
         captured = capture(origin.skeleton, origin.buffers)
     for observe in observers:
         observe(captured.program, PassRecord("export", 0, timeline.seconds["export"], {}))
+    verify = args.verify
+    if verify == "numeric" and float64_bytes(captured.program) > MAX_BYTES:
+        with timeline.phase("verify on a small twin"):
+            twin = capture_twin(origin.facts.config, next(origin.skeleton.parameters()).dtype, MAX_BYTES)
+            pipeline.run(twin.program, _target(args), verify="numeric")
+        verify = "structure"
     with timeline.phase("passes", len(pipeline.passes)) as advance:
-        program = pipeline.run(captured.program, _target(args), advance, *observers, verify=args.verify)
+        program = pipeline.run(captured.program, _target(args), advance, *observers, verify=verify)
     program.weights = program.weights.substitute(origin.recipes)
     return program, origin.source_with(captured.initial), origin.facts
 
@@ -160,10 +168,9 @@ class CompiledModel:
         return (self._num_pages() - 1) * self.args.kv_cache_config.page_size
 
     def report(self) -> str:
-        """Passes, providers, caches, weights and start-up time as text."""
-        foreign = foreign_passes(pipeline_of(self.args))
+        """Passes, providers, caches, weights, start-up time and the passes that are not autodeploy's own, as text."""
         text = describe(self.program, self.timeline, self.args.kv_cache_config.page_size)
-        return text + (f"passes from elsewhere: {', '.join(foreign)}\n" if foreign else "")
+        return text + foreign_text(pipeline_of(self.args))
 
     def __call__(self, input_ids: Tensor) -> Tensor:
         """Logits [B, S, vocab] of token ids [B, S]; the B rows are served as B requests."""

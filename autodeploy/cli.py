@@ -29,8 +29,8 @@ DEMO_MODEL = Path(__file__).parent / "demo_model"
 Model = Annotated[str, typer.Argument(help="A checkpoint folder.")]
 Backend = Annotated[str, typer.Option(help="autodeploy, or pytorch for the eager reference.")]
 Dtype = Annotated[str, typer.Option(help="Element type of weights and activations; auto is the checkpoint's.")]
-
 Plugins = Annotated[list[str] | None, typer.Option("--plugin", help="A plugin to apply; may be given several times.")]
+PipelineFile = Annotated[Path | None, typer.Option("--pipeline", help="A YAML file of edits: plugins, without, configure.")]
 Settings = Annotated[list[str] | None, typer.Option("--set", help="pass.option=value; may be given several times.")]
 
 
@@ -91,13 +91,14 @@ def generate(
     backend: Backend = "autodeploy",
     dtype: Dtype = "auto",
     plugins: Plugins = None,
+    pipeline_file: PipelineFile = None,
     settings: Settings = None,
 ) -> None:
     """Generate for one or several prompts."""
     from autodeploy import LLM
 
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, stop=stop)
-    with LLM(model, backend=backend, dtype=dtype, **_passes(plugins, settings)) as llm:
+    with LLM(model, backend=backend, dtype=dtype, **_passes(plugins, pipeline_file, settings)) as llm:
         outputs = _chat(llm, prompt, params) if chat else llm.generate(prompt, params)
     for text, output in zip(prompt, outputs, strict=True):
         answer = output.outputs[0]
@@ -110,11 +111,15 @@ def generate(
         raise failed
 
 
-def _passes(plugins: list[str] | None, settings: list[str] | None) -> dict[str, Any]:
-    """The options of the engine that --plugin and --set stand for."""
-    from autodeploy.plugins import apply_settings
+def _passes(plugins: list[str] | None, file: Path | None, settings: list[str] | None) -> dict[str, Any]:
+    """The options of the engine that --plugin, --pipeline and --set stand for; they are applied in this order."""
+    from autodeploy.plugins import apply_file, apply_settings
+    from autodeploy.transforms.pipeline import Pipeline
 
-    return {"plugins": plugins, "pipeline": (lambda pipeline: apply_settings(pipeline, settings)) if settings else None}
+    def edit(pipeline: Pipeline) -> Pipeline:
+        return apply_settings(apply_file(pipeline, file) if file else pipeline, settings or ())
+
+    return {"plugins": plugins, "pipeline": edit}
 
 
 def _chat(llm: LLM, prompts: list[str], params: SamplingParams) -> list[Any]:
@@ -132,16 +137,18 @@ def inspect(
     diff: Annotated[str | None, typer.Option(help="Only what this pass changes in the program's text.")] = None,
     weights: Annotated[bool, typer.Option("--weights", help="Only the parameters, as formulas over the checkpoint.")] = False,
     plugins: Plugins = None,
+    pipeline_file: PipelineFile = None,
     settings: Settings = None,
 ) -> None:
     """Compile without loading weights; print the pass table, kernels, caches and the program."""
     from autodeploy._compile import pipeline_of, trace
     from autodeploy.config import LLMArgs
+    from autodeploy.plugins import foreign_text
     from autodeploy.report.tables import describe
     from autodeploy.report.texts import EXPORT, TextsAfter, formulas, moment_before
     from autodeploy.report.timeline import Timeline
 
-    timeline, args = Timeline(), LLMArgs(model=model, dtype=dtype, **_passes(plugins, settings))
+    timeline, args = Timeline(), LLMArgs(model=model, dtype=dtype, **_passes(plugins, pipeline_file, settings))
     pipeline = pipeline_of(args)
     for name in (after, diff):
         if name is not None and name != EXPORT:
@@ -156,7 +163,7 @@ def inspect(
     if weights:
         print(formulas(lowered))
     if after is None and diff is None and not weights:
-        print(describe(lowered, timeline, args.kv_cache_config.page_size))
+        print(describe(lowered, timeline, args.kv_cache_config.page_size) + foreign_text(pipeline))
         if program:
             print(lowered)
 

@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
 
 from autodeploy.errors import AutoDeployError, ConfigError, did_you_mean
 from autodeploy.transforms.pipeline import Pipeline
@@ -30,15 +34,14 @@ def apply_plugins(pipeline: Pipeline, names: Sequence[str]) -> Pipeline:
 
 def load_plugin(name: str) -> Plugin:
     """The plugin of that name: "module:attribute", or what an installed package calls so. Raises ConfigError."""
+    load = partial(_attribute, name) if ":" in name else _entry_point(name).load
     try:
-        plugin = _attribute(name) if ":" in name else _entry_point(name).load()
-    except ConfigError:
-        raise
+        plugin: Any = load()
     except Exception as error:
         raise ConfigError(f"plugin '{name}' cannot be imported: {_cause(error)}. Repair it, or leave its name out.") from error
     if not callable(plugin):
         raise ConfigError(f"plugin '{name}' is a {type(plugin).__name__}, not a function from Pipeline to Pipeline")
-    return plugin
+    return cast(Plugin, plugin)
 
 
 def apply_settings(pipeline: Pipeline, settings: Sequence[str]) -> Pipeline:
@@ -48,20 +51,46 @@ def apply_settings(pipeline: Pipeline, settings: Sequence[str]) -> Pipeline:
         option, equals, value = rest.partition("=")
         if not (dot and equals and name and option):
             raise ConfigError(f"'{text}' is not of the form pass.option=value")
-        given, now = _value(value), getattr(pipeline.passes[pipeline.index(name)], option, None)
-        if isinstance(now, float) and type(given) is int:
-            given = float(given)
-        edited = pipeline.configure(name, **{option: given})  # refuses an unknown option
-        if now is not None and type(given) is not type(now):
-            raise ConfigError(f"'{text}': option '{option}' of pass '{name}' is a {type(now).__name__}, like {json.dumps(now)}")
-        pipeline = edited
+        pipeline = _configured(pipeline, name, option, _value(value))
     return pipeline
 
 
-def foreign_passes(pipeline: Pipeline) -> list[str]:
-    """The passes that are not autodeploy's own, each with the module it comes from."""
+def apply_file(pipeline: Pipeline, path: Path) -> Pipeline:
+    """The pipeline as a YAML file edits it. Its keys, all optional, in the order in which they are applied:
+
+    plugins: names, as for `apply_plugins`; without: names of passes to leave out; configure: pass -> option -> value.
+    """
+    edits = _read_edits(path)
+    pipeline = apply_plugins(pipeline, edits.get("plugins", ())).without(*map(str, edits.get("without", ())))
+    for name, options in edits.get("configure", {}).items():
+        for option, value in options.items():
+            pipeline = _configured(pipeline, name, option, value)
+    return pipeline
+
+
+def _read_edits(path: Path) -> dict[str, Any]:
+    try:
+        edits = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} cannot be read: {_cause(error)}") from error
+    kinds = {"plugins": list, "without": list, "configure": dict}
+    if not isinstance(edits, dict):
+        raise ConfigError(f"{path} is a {type(edits).__name__}, but a mapping with the keys {', '.join(kinds)} is needed")
+    for key, value in edits.items():
+        if key not in kinds:
+            raise ConfigError(f"{path} has a key '{key}'.{did_you_mean(str(key), kinds)} It may have: {', '.join(kinds)}")
+        inner = value.values() if key == "configure" and isinstance(value, dict) else ()
+        if not isinstance(value, kinds[key]) or not all(isinstance(options, dict) for options in inner):
+            shown = "pass: {option: value}" if key == "configure" else "[name, ...]"
+            raise ConfigError(f"{path}: '{key}' must be of the form {shown}")
+    return edits
+
+
+def foreign_text(pipeline: Pipeline) -> str:
+    """A line that names the passes that are not autodeploy's own and their modules; empty when there are none."""
     modules = [(item.name, type(item).__module__) for item in pipeline]
-    return [f"{name} ({module})" for name, module in modules if module.partition(".")[0] != "autodeploy"]
+    foreign = [f"{name} ({module})" for name, module in modules if module.partition(".")[0] != "autodeploy"]
+    return f"passes from elsewhere: {', '.join(foreign)}\n" if foreign else ""
 
 
 def _apply(name: str, plugin: Plugin, pipeline: Pipeline) -> Pipeline:
@@ -100,6 +129,17 @@ def _attribute(name: str) -> Any:
     for part in path.split("."):
         value = getattr(value, part)
     return value
+
+
+def _configured(pipeline: Pipeline, name: str, option: str, given: Any) -> Pipeline:
+    """One option set; the value must be of the type that it has now."""
+    now = getattr(pipeline.passes[pipeline.index(name)], option, None)
+    if isinstance(now, float) and type(given) is int:
+        given = float(given)
+    edited = pipeline.configure(name, **{option: given})  # refuses an unknown option
+    if now is not None and type(given) is not type(now):
+        raise ConfigError(f"pass '{name}': {option}={given!r} is a {type(given).__name__}, but a {type(now).__name__} is needed")
+    return edited
 
 
 def _value(text: str) -> Any:

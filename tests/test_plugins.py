@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import autodeploy
 from autodeploy import ConfigError, TransformError, check_transform, default_pipeline
 from autodeploy.cli import DEMO_MODEL, app
-from autodeploy.plugins import apply_plugins, apply_settings, foreign_passes
+from autodeploy.plugins import apply_file, apply_plugins, apply_settings, foreign_text
 from tests.models.families import make_model
 
 EXAMPLE = Path(__file__).parent / "plugin_example"
@@ -61,7 +61,8 @@ def test_an_installed_plugin_is_not_even_imported_until_it_is_named() -> None:
     edited = apply_plugins(default_pipeline(), ("my_passes",))
     assert "my_passes" in sys.modules
     assert edited.without("fuse_add_norm") == default_pipeline()
-    assert foreign_passes(edited) == ["fuse_add_norm (my_passes)"]
+    assert foreign_text(edited) == "passes from elsewhere: fuse_add_norm (my_passes)\n"
+    assert not foreign_text(default_pipeline())
 
 
 def test_a_compiled_model_has_the_pass_and_says_where_it_is_from(model: Any) -> None:
@@ -183,12 +184,40 @@ def test_settings_change_options() -> None:
         ("min_width=1", "'min_width=1' is not of the form pass.option=value"),
         ("fuse_ad_norm.min_width=1", "Did you mean 'fuse_add_norm'"),
         ("fuse_add_norm.min_widht=1", "has no option 'min_widht'. Did you mean 'min_width'"),
-        ("fuse_add_norm.min_width=wide", "option 'min_width' of pass 'fuse_add_norm' is a int, like 1"),
+        ("fuse_add_norm.min_width=wide", "pass 'fuse_add_norm': min_width='wide' is a str, but a int is needed"),
     ],
 )
 def test_wrong_settings_are_refused(setting: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         apply_settings(apply_plugins(default_pipeline(), ("my_passes",)), [setting])
+
+
+def test_a_file_edits_the_pipeline(tmp_path: Path) -> None:
+    file = tmp_path / "edits.yaml"
+    file.write_text("plugins: [my_passes]\nwithout: [fuse_linears]\nconfigure:\n  fuse_add_norm: {min_width: 128}\n")
+    edited: Any = apply_file(default_pipeline(), file)
+    assert "fuse_linears" not in edited.names()
+    assert edited.passes[edited.index("fuse_add_norm")].min_width == 128
+    file.write_text("# nothing\n")
+    assert apply_file(default_pipeline(), file) == default_pipeline()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[1, 2]", "is a list, but a mapping with the keys plugins, without, configure is needed"),
+        ("withot: [cleanup]", "has a key 'withot'. Did you mean 'without'"),
+        ("without: cleanup", r"'without' must be of the form \[name, \.\.\.\]"),
+        ("configure: {cleanup: 3}", "'configure' must be of the form pass: {option: value}"),
+        ("without: [cleanpu]", "no pass named 'cleanpu' in the pipeline. Did you mean 'cleanup'"),
+        ("a: [", r"edits\.yaml cannot be read: ParserError"),
+    ],
+)
+def test_a_wrong_file_is_refused(text: str, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "edits.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        apply_file(default_pipeline(), file)
 
 
 def test_the_command_takes_plugins_and_settings() -> None:

@@ -23,9 +23,10 @@ HEADER = """# The passes
 
 Written by `python tools/make_passes_doc.py` from the docstrings and fields of the passes; a test fails when it is stale.
 
-`autodeploy.default_pipeline()` runs these, in this order, on a program fresh from torch.export. `autodeploy inspect MODEL --diff PASS` shows what one
-of them does to a model. The effect is what a pass may change beside the graph, and is checked each time it runs. A pass is edited by its name,
-its options with `pipeline.configure(name, option=value)` or `--set name.option=value`. How to write one: [write-a-pass.md](write-a-pass.md).
+`autodeploy.default_pipeline()` runs these, in this order, on a program fresh from torch.export. What one of them does to a
+model is shown by `autodeploy inspect MODEL --diff PASS`. The effect is what a pass may change beside the graph, and is
+checked each time it runs. Options are set with `pipeline.configure(name, option=value)` or `--set name.option=value`. How to
+write a pass of your own: [write-a-pass.md](write-a-pass.md).
 """
 
 

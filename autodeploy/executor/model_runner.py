@@ -48,6 +48,10 @@ class ModelRunner:
         self.program, self.device, self.rope_thresholds = program, device, program.rope_thresholds
         tensors: dict[str, Tensor] = {}
         for name, tensor in materialize(program.weights, source, device):
+            planned = program.parameter(name)
+            assert (tensor.shape, tensor.dtype) == (planned.shape, planned.dtype), (
+                f"{name}: {program.weights[name]} gives {tensor.shape}"
+            )
             tensors[name] = tensor
             on_parameter(name)
         self.weight_bytes = sum(tensor.nbytes for tensor in tensors.values())

@@ -58,9 +58,25 @@ def _fuse(program: Program, group: list[fx.Node]) -> None:
     for i, node in enumerate(group):
         node.replace_all_uses_with(insert_call(program, first, operator.getitem, parts, i))
     erase_unused(*group)
-    for part in parts.users:
-        for user in part.users:
-            evaluate_node(program, user)  # their strides have changed
+    _pass_on_strides(program, [user for part in parts.users for user in part.users])
+
+
+def _pass_on_strides(program: Program, readers: list[fx.Node]) -> None:
+    """The parts of a product have other strides than the products they replace, and so may what is made of them."""
+    while readers:
+        node = readers.pop()
+        if node.op != "call_function":
+            continue
+        before = val(node)
+        try:
+            evaluate_node(program, node)
+        except (RuntimeError, ValueError):
+            if node.target is not aten.view.default:
+                raise
+            node.target = aten.reshape.default  # a view across the stride between two tokens needs a copy now
+            evaluate_node(program, node)
+        if isinstance(before, torch.Tensor) and str(before.stride()) != str(val(node).stride()):
+            readers += node.users
 
 
 def _join(program: Program, before: fx.Node, parameters: list[Any]) -> fx.Node:

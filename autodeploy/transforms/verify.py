@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from functools import reduce
 from typing import Any
 
 import torch
@@ -25,7 +26,6 @@ FORBIDDEN: dict[Level, set[str]] = {
 """Semantic ops that may not stand in a graph of that level."""
 ONE_DTYPE = {
     torch.ops.aten.linear.default: 3,
-    ops.rope.overload: 3,
     ops.gated_activation.overload: 2,
     ops.attention.overload: 3,
     ops.kv_append.overload: 3,
@@ -97,13 +97,20 @@ def _check_values(before: Snapshot, program: Program) -> None:
         except Exception as error:
             reason = f"{op_name(node.target)} cannot take its arguments: {str(error).splitlines()[0]}"
             raise VerificationError(reason, node.name) from error
-        dtypes = {str(arg.meta["val"].dtype) for arg in node.args[: ONE_DTYPE.get(node.target, 0)] if isinstance(arg, fx.Node)}
-        if len(dtypes) > 1:
-            raise VerificationError(f"{op_name(node.target)} reads {' and '.join(sorted(dtypes))}", node.name)
+        if mixed := _mixed_dtypes(node):
+            raise VerificationError(f"{op_name(node.target)} reads {mixed}", node.name)
         if describe(node.meta["val"], names) != describe(derived, names):
             reason = f"its value is noted as {describe(node.meta['val'], names)}, but it gives {describe(derived, names)}"
             raise VerificationError(reason, node.name)
         node.meta["val"] = derived  # the layout may have changed, and then its readers are looked at too
+
+
+def _mixed_dtypes(node: fx.Node) -> str:
+    """Dtypes that a call may not read together; for rope, those that would widen its first argument."""
+    first = node.args[: ONE_DTYPE.get(node.target, 3 if node.target is ops.rope.overload else 0)]
+    dtypes = [arg.meta["val"].dtype for arg in first if isinstance(arg, fx.Node)]
+    fine = len(set(dtypes)) < 2 or (node.target is ops.rope.overload and reduce(torch.promote_types, dtypes) == dtypes[0])
+    return "" if fine else " and ".join(sorted({str(dtype) for dtype in dtypes}))
 
 
 def _reads_the_same(node: fx.Node, record: NodeRecord | None, records: dict[fx.Node, NodeRecord]) -> bool:

@@ -27,6 +27,11 @@ LENGTHS, CHUNK, PAGE_SIZE = (9, 1, 14), 5, 4
 LeafTypes = Mapping[str, tuple[str, tuple[int, ...]]]
 
 
+def float64_bytes(program: Program) -> int:
+    """What the program's parameters take in float64."""
+    return 8 * sum(program.parameter(name).numel() for name in program.weights)
+
+
 def leaf_types(program: Program) -> LeafTypes:
     """dtype and shape of every leaf, from a program in which every parameter still is one."""
     tensors = {name: program.parameter(name) for name in program.weights}

@@ -158,4 +158,4 @@ def make_model(name: str, seed: int = 0, **overrides: Any) -> Any:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.05 * torch.randn_like(parameter)
-    return model.float()
+    return model if "dtype" in overrides else model.float()

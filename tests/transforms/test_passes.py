@@ -179,5 +179,5 @@ def test_a_pass_that_leaves_the_program_broken_is_named() -> None:
             return 1
 
     program, _ = family_program("qwen3", num_hidden_layers=1)
-    with pytest.raises(TransformError, match=r"breaks.*nonsense.*passes before it: cleanup"):
+    with pytest.raises(TransformError, match=r"breaks.*nonsense.*Passes before it: cleanup"):
         apply(program, Cleanup(), Breaks())
