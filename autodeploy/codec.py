@@ -17,7 +17,11 @@ from autodeploy.specs import InputSpec
 from autodeploy.weights import Cast, Cat, Initial, Recipe, Take
 
 TORCH_CONSTANTS = (torch.dtype, torch.memory_format, torch.layout)
-FUNCTIONS: dict[str, Callable[..., Any]] = {"operator.getitem": operator.getitem}
+SIZE_ARITHMETIC = (operator.add, operator.sub, operator.mul, operator.floordiv, operator.truediv, operator.mod, operator.neg)
+FUNCTIONS: dict[str, Callable[..., Any]] = {
+    f"operator.{function.__name__}": function for function in (operator.getitem, *SIZE_ARITHMETIC)
+}
+"""What a graph may call beside ops: parts of a result, and arithmetic on sizes."""
 HINTS = {"T": 19, "B": 3, "B+1": 4, "P": 5, "N": 7}
 """Example sizes of the symbolic dims, all different."""
 

@@ -109,19 +109,29 @@ def _run_pass(item: Transform, program: Program, target: Target, checks: Checks,
         program.restore(snapshot)
         if isinstance(error, AutoDeployError):
             raise
-        raise _explained(error, item, program, write_reproducer(program, remaining, target, checks.verify, error)) from error
+        raise _explained(error, item, program, _reproducer(program, remaining, target, checks, error)) from error
     program.graph.recompile()
     after = program.op_counts()
     delta = {name: after[name] - before[name] for name in sorted(before | after) if after[name] != before[name]}
     return PassRecord(item.name, rewrites, time.perf_counter() - started, delta)
 
 
-def _explained(error: Exception, item: Transform, program: Program, folder: Path) -> TransformError:
+def _reproducer(
+    program: Program, remaining: tuple[Transform, ...], target: Target, checks: Checks, error: Exception
+) -> Path | None:
+    """The folder to run again from; None when the program cannot be saved, which must not hide the error itself."""
+    try:
+        return write_reproducer(program, remaining, target, checks.verify, error)
+    except (AssertionError, OSError, TypeError):
+        return None
+
+
+def _explained(error: Exception, item: Transform, program: Program, folder: Path | None) -> TransformError:
     where = error.node if isinstance(error, VerificationError) else _node_at_work(error)
     earlier = ", ".join(record.name for record in program.history) or "none"
     message = (str(error).splitlines() or [""])[0]
     reason = f"{type(error).__name__}: {message}{f' (at node {where})' if where and where not in message else ''}"
-    remedy = f"The program is as it was before the pass; run it again with: autodeploy replay {folder}"
+    remedy = "The program is as it was before the pass" + (f"; run it again with: autodeploy replay {folder}" if folder else "")
     return TransformError(f"{reason}. Passes before it: {earlier}. {remedy}", transform=item.name)
 
 

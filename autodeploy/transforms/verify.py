@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from functools import reduce
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import fx
 
 from autodeploy import custom_ops as ops
-from autodeploy.codec import describe
+from autodeploy.codec import FUNCTIONS, describe
 from autodeploy.custom_ops import PROVIDED, SEMANTIC_OPS, symbolic
 from autodeploy.program import NodeRecord, Program, Snapshot, op_name, symbols
 from autodeploy.specs import Level
@@ -73,7 +72,7 @@ def _check_level(program: Program) -> None:
             continue
         if node.target in forbidden:
             raise VerificationError(f"{op_name(node.target)} may not stand in a graph at level {program.level.value}", node.name)
-        if not (isinstance(node.target, torch._ops.OpOverload) or node.target is operator.getitem or node.target in PROVIDED):
+        if not (isinstance(node.target, torch._ops.OpOverload) or node.target in FUNCTIONS.values() or node.target in PROVIDED):
             raise VerificationError(f"{op_name(node.target)} is neither an op nor a provider of one", node.name)
         if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable and not _is_write(node):
             raise VerificationError(f"{op_name(node.target)} writes into its arguments", node.name)
