@@ -51,7 +51,13 @@ def test_bf16_norms_match_with_their_casts_inside() -> None:
     assert rewrites["match_norm"] == 9 and not model_casts
 
 
-@pytest.mark.parametrize("name", ["qwen3", "gemma3n_text", "cohere"])
+ALSO = [
+    *("diffllama", "gemma2", "gemma3n_text", "gpt2", "granite_swa", "llama_dynamic", "minicpm3"),
+    *("olmo2", "opt", "phi", "phi3_longrope", "starcoder2", "youtu"),
+]
+
+
+@pytest.mark.parametrize("name", ["qwen3", "cohere", *(pytest.param(name, marks=pytest.mark.slow) for name in ALSO)])
 def test_a_second_application_of_each_pass_finds_nothing(name) -> None:
     program, _ = family_program(name)
     for item in default_pipeline():
