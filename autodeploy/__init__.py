@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from autodeploy.executor.outputs import CompletionOutput, RequestHandle, RequestOutput
     from autodeploy.program import Program
     from autodeploy.specs import Target
-    from autodeploy.testing import check_transform
+    from autodeploy.testing import check_provider, check_transform
     from autodeploy.transforms.base import Effect, Transform
     from autodeploy.transforms.default import default_pipeline
     from autodeploy.transforms.pipeline import Pipeline
@@ -45,7 +45,7 @@ _WHERE = {
     "executor.outputs": ("CompletionOutput", "RequestHandle", "RequestOutput"),
     "program": ("Program",),
     "specs": ("Target",),
-    "testing": ("check_transform",),
+    "testing": ("check_provider", "check_transform"),
     "transforms.base": ("Effect", "Transform"),
     "transforms.default": ("default_pipeline",),
     "transforms.pipeline": ("Pipeline",),
@@ -73,6 +73,7 @@ __all__ = [
     "Transform",
     "TransformError",
     "UnsupportedModelError",
+    "check_provider",
     "check_transform",
     "compile",
     "default_pipeline",

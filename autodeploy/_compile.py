@@ -2,44 +2,36 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from torch import Tensor
 
-from autodeploy.capture.checkpoint import CheckpointSource
-from autodeploy.capture.export import capture
-from autodeploy.capture.origin import ModelFacts, origin_of
-from autodeploy.capture.patches import rope_thresholds
-from autodeploy.capture.skeleton import read_config
-from autodeploy.capture.twin import capture_twin
 from autodeploy.config import LLMArgs, SamplingParams
 from autodeploy.errors import ConfigError, EngineDeadError, RequestError
 from autodeploy.executor.batch import BatchBuilder
 from autodeploy.executor.engine import ADExecutor
-from autodeploy.executor.kv_cache import KVCacheManager
-from autodeploy.executor.model_runner import EagerRunner, ModelRunner, Runner
+from autodeploy.executor.model_runner import ModelRunner, Runner
 from autodeploy.executor.outputs import RequestHandle, RequestOutput
+from autodeploy.executor.pool_sizes import PoolSizes
 from autodeploy.executor.request import Detokenizer, Request
 from autodeploy.executor.sampler import Sampler
 from autodeploy.executor.scheduler import Scheduler
-from autodeploy.plugins import apply_plugins, foreign_text
-from autodeploy.program import PassRecord, Program
+from autodeploy.program import Program
+from autodeploy.program_cache import Lowered, Place, place_of
+from autodeploy.program_store import Miss
 from autodeploy.report.tables import describe
 from autodeploy.report.timeline import Timeline
-from autodeploy.specs import Target
-from autodeploy.transforms.default import default_pipeline
-from autodeploy.transforms.pipeline import Observer, Pipeline
-from autodeploy.transforms.verify_numeric import MAX_BYTES, float64_bytes
-from autodeploy.weights import TensorSource
+from autodeploy.specs import ModelFacts, Target
+
+if TYPE_CHECKING:
+    from autodeploy.transforms.pipeline import Observer, Pipeline
 
 
 def compile(model: Any, **options: Any) -> CompiledModel:
@@ -53,60 +45,62 @@ def compile(model: Any, **options: Any) -> CompiledModel:
 
 def compile_observed(args: LLMArgs, *observers: Observer) -> CompiledModel:
     """`compile`, with callbacks that see the program after each pass; before the first one too, with a record named "export"."""
-    _refuse_other_models(args.model)
+    if not isinstance(args.model, str | Path):
+        refuse_other_models(args.model)
     timeline = Timeline()
     if args.backend == "pytorch":
         pipeline_of(args)  # a wrong one is refused all the same
         return _eager(args, timeline)
-    program, source, facts = _lowered(args, timeline, *observers)
+    lowered = _lowered(args, timeline, *observers)
+    program = lowered.program
     with timeline.phase("load weights", len(program.weights)) as advance:
-        runner = ModelRunner(program, source, _device(args), advance)
-    return CompiledModel(args, facts, timeline, runner, program)
+        runner = ModelRunner(program, lowered.source, _device(args), advance)
+    return CompiledModel(args, lowered.facts, timeline, runner, program)
 
 
-def trace(args: LLMArgs, timeline: Timeline, *observers: Observer) -> Program:
-    """The lowered program alone, no weights loaded. observers: as for `compile_observed`."""
-    return _lowered(args, timeline, *observers)[0]
+def trace(args: LLMArgs, timeline: Timeline, *observers: Observer, meta: bool = False) -> Program:
+    """The lowered program alone, no weights loaded. observers: as for `compile_observed`. meta: read nothing but config.json."""
+    from autodeploy._lower import lower
+
+    return lower(args, pipeline_of(args), _target(args), timeline, *observers, meta=meta)[0].program
 
 
-def _lowered(args: LLMArgs, timeline: Timeline, *observers: Observer) -> tuple[Program, TensorSource, ModelFacts]:
-    """The lowered program, its weights as recipes over the source."""
-    pipeline = pipeline_of(args)
-    origin = origin_of(args.model, args.dtype, args.ignore_unexpected_weights)
-    with timeline.phase("export"):
-        captured = capture(origin.skeleton, origin.buffers)
-    for observe in observers:
-        observe(captured.program, PassRecord("export", 0, timeline.seconds["export"], {}))
-    verify = args.verify
-    if verify == "numeric" and float64_bytes(captured.program) > MAX_BYTES:
-        with timeline.phase("verify on a small twin"):
-            twin = capture_twin(origin.facts.config, next(origin.skeleton.parameters()).dtype, MAX_BYTES)
-            pipeline.run(twin.program, _target(args), verify="numeric")
-        verify = "structure"
-    with timeline.phase("passes", len(pipeline.passes)) as advance:
-        program = pipeline.run(captured.program, _target(args), advance, *observers, verify=verify)
-    program.weights = program.weights.substitute(origin.recipes)
-    return program, origin.source_with(captured.initial), origin.facts
+def _lowered(args: LLMArgs, timeline: Timeline, *observers: Observer) -> Lowered:
+    """The stored program of a start like this one; else a new one, which is then stored."""
+    edited = pipeline_of(args) if args.plugins or args.pipeline is not None else None
+    with timeline.phase("program cache"):
+        place = place_of(args, _target(args), edited, is_watched=bool(observers))
+        try:
+            if isinstance(place, Place):
+                found = place.find()
+                timeline.notes["program cache"] = "hit"
+                return found
+            note = f"not used: {place}"
+        except Miss as error:
+            note = f"miss: {error}"
+    from autodeploy._lower import lower  # only now: a stored program runs without transformers
+
+    lowered, initial = lower(args, edited or pipeline_of(args), _target(args), timeline, *observers)
+    if isinstance(place, Place):
+        with timeline.phase("store program"):
+            refused = place.keep(lowered, initial)
+        note += f" (not stored: {refused})" if refused else ""
+    timeline.notes["program cache"] = note
+    return lowered
 
 
-def _refuse_other_models(model: Any) -> None:
-    what = type(model).__name__
-    if isinstance(model, nn.Module):
-        if not isinstance(model, PreTrainedModel) or not model.can_generate():
-            raise ConfigError(f"'model' is a {what}, not a causal language model of transformers; use AutoModelForCausalLM")
-    elif not isinstance(model, str | Path):
-        raise ConfigError(f"'model' is a {what}; give a checkpoint folder or a causal language model of transformers")
+def refuse_other_models(model: Any) -> None:
+    """Raises what a start with this model raises before it reads any weights."""
+    from autodeploy._lower import refuse
+
+    refuse(model)
 
 
 def pipeline_of(args: LLMArgs) -> Pipeline:
-    """The passes that these options ask for: the default ones or those given, as the plugins and then a function edit them."""
-    given = args.pipeline if isinstance(args.pipeline, Pipeline) else default_pipeline(_target(args))
-    edited = apply_plugins(given, args.plugins)
-    if args.pipeline is None or isinstance(args.pipeline, Pipeline):
-        return edited
-    if not callable(args.pipeline) or not isinstance(edited := args.pipeline(edited), Pipeline):
-        raise ConfigError("'pipeline' must be a Pipeline or a function from Pipeline to Pipeline")
-    return edited
+    """The passes that these options ask for."""
+    from autodeploy.plugins import edited_pipeline  # a stored program needs no passes
+
+    return edited_pipeline(args.pipeline, args.plugins, _target(args))
 
 
 def _device(args: LLMArgs) -> str:
@@ -120,15 +114,10 @@ def _target(args: LLMArgs) -> Target:
 
 
 def _eager(args: LLMArgs, timeline: Timeline) -> CompiledModel:
-    model: Any = args.model
-    with timeline.phase("load weights"):
-        if not isinstance(model, nn.Module):
-            read_config(Path(model))
-            CheckpointSource(Path(model))
-            model = AutoModelForCausalLM.from_pretrained(model, dtype=args.dtype, trust_remote_code=False, use_safetensors=True)
-        own = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})  # shared
-    facts = ModelFacts.of(model.config, model.generation_config)
-    return CompiledModel(args, facts, timeline, EagerRunner(own.eval(), rope_thresholds(own)), None)
+    from autodeploy._lower import eager
+
+    facts, runner = eager(args, timeline)
+    return CompiledModel(args, facts, timeline, runner, None)
 
 
 class CompiledModel:
@@ -147,6 +136,7 @@ class CompiledModel:
     def program(self) -> Program:
         if self._program is None:
             raise ConfigError("backend='pytorch' runs the eager model: there is no program")
+        self._program.derive_values()  # one from the cache has none, since it can run without
         return self._program
 
     @property
@@ -165,12 +155,18 @@ class CompiledModel:
     @property
     def num_pool_tokens(self) -> int:
         """Tokens of running requests, prompts included, that the KV pool has room for."""
-        return (self._num_pages() - 1) * self.args.kv_cache_config.page_size
+        return self._num_pages() * self.args.kv_cache_config.page_size
+
+    @property
+    def pool_units(self) -> dict[str, int]:
+        """Pages of each pool of caches and slots of the states, their scratch ones included."""
+        return self._pool_sizes().units(self._num_pages())
 
     def report(self) -> str:
         """Passes, providers, caches, weights, start-up time and the passes that are not autodeploy's own, as text."""
-        text = describe(self.program, self.timeline, self.args.kv_cache_config.page_size)
-        return text + foreign_text(pipeline_of(self.args))
+        from autodeploy.plugins import foreign_text
+
+        return describe(self.program, self.timeline) + foreign_text(pipeline_of(self.args))
 
     def __call__(self, input_ids: Tensor) -> Tensor:
         """Logits [B, S, vocab] of token ids [B, S]; the B rows are served as B requests."""
@@ -235,33 +231,30 @@ class CompiledModel:
             self._executor.shutdown()
 
     def _make_executor(self) -> ADExecutor:
-        args, page_size = self.args, self.args.kv_cache_config.page_size
+        args, sizes = self.args, self._pool_sizes()
+        units = sizes.units(self._num_pages())
         with self.timeline.phase("allocate KV pool"):
-            num_pages = self._num_pages()
-            self.runner.allocate(num_pages, page_size)
-        kv = KVCacheManager(num_pages, page_size)
-        chunked, thresholds = args.enable_chunked_prefill and self.runner.can_chunk, self.runner.rope_thresholds
-        scheduler = Scheduler(kv, args.max_batch_size, args.max_num_tokens, self.max_seq_len, chunked, thresholds)
+            self.runner.allocate(units, sizes.page_size)
+        kv = sizes.manager(units)
+        thresholds = self.runner.rope_thresholds
+        scheduler = Scheduler(kv, args.max_batch_size, args.max_num_tokens, self.max_seq_len, self._chunks, thresholds)
         batches = BatchBuilder(kv, args.max_batch_size, args.max_num_tokens)
         return ADExecutor(self.runner, scheduler, batches, Sampler(self.facts.vocab_size, args.seed))
 
+    @property
+    def _chunks(self) -> bool:
+        return self.args.enable_chunked_prefill and self.runner.can_chunk
+
+    def _pool_sizes(self) -> PoolSizes:
+        args, specs = self.args, list(self._program.caches.values()) if self._program else []
+        max_step = args.max_num_tokens if self._chunks else self.max_seq_len
+        return PoolSizes(specs, args.max_batch_size, self.max_seq_len, args.kv_cache_config.page_size, max_step)
+
     def _num_pages(self) -> int:
-        """Pages of the pool, the scratch page included: the smallest of the limits that hold."""
-        config, page_size = self.args.kv_cache_config, self.args.kv_cache_config.page_size
-        specs: Iterable[Any] = self._program.caches.values() if self._program else ()
-        bytes_per_page = sum(spec.bytes_per_page(page_size) for spec in specs)
-        limits = [self.args.max_batch_size * -(-self.max_seq_len // page_size)]
-        if config.max_tokens is not None:
-            limits = [-(-config.max_tokens // page_size)]
-        if bytes_per_page:
-            limits.append(
-                (config.max_bytes or int(config.free_memory_fraction * free_memory(_device(self.args)))) // bytes_per_page
-            )
-        if min(limits) < 1:
-            raise ConfigError(
-                f"kv_cache_config leaves room for no page of {page_size} tokens ({bytes_per_page} bytes). Raise max_bytes."
-            )
-        return 1 + min(limits)
+        """Usable pages of a pool that keeps every token."""
+        config = self.args.kv_cache_config
+        max_bytes = config.max_bytes or int(config.free_memory_fraction * free_memory(_device(self.args)))
+        return self._pool_sizes().num_pages(config.max_tokens, max_bytes)
 
 
 def free_memory(device: str) -> int:

@@ -10,10 +10,9 @@ from typing import Any, Self, overload
 from rich.console import Console
 from rich.progress import track
 from torch import nn
-from transformers import AutoTokenizer
 
-from autodeploy._compile import CompiledModel, compile, is_single, spread, token_ids
-from autodeploy.capture.skeleton import read_config
+from autodeploy._compile import CompiledModel, compile, is_single, refuse_other_models, spread, token_ids
+from autodeploy.checkpoint import raw_config
 from autodeploy.config import LLMArgs, SamplingParams
 from autodeploy.errors import CheckpointError, ConfigError, RequestError
 from autodeploy.executor.detokenizer import IncrementalDetokenizer
@@ -144,13 +143,22 @@ def _tokenizer(args: LLMArgs) -> Any:
         )
     folder = Path(given or args.model)
     if given is None:
-        read_config(folder)  # a folder that is wrong as a whole is refused for that, not for its tokenizer
+        raw_config(folder)
     elif not folder.is_dir():
-        raise CheckpointError(f"tokenizer: {folder} is not a folder. Give the path of a folder written by save_pretrained.")
+        where = folder if folder.is_absolute() else f"{folder} (relative to {Path.cwd()})"
+        raise CheckpointError(f"tokenizer: {where} is not a folder. Give the path of a folder written by save_pretrained.")
+    from transformers import AutoTokenizer  # late: token ids can be served without
+
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        if len(tokenizer) <= len(tokenizer.added_tokens_decoder):  # made from config.json alone, it turns every text into nothing
+            raise ValueError("its files are missing: only special tokens are known")
+        return tokenizer
     except (OSError, ValueError) as error:
+        if given is None:
+            refuse_other_models(folder)  # a folder that is wrong as a whole is refused for that, not for its tokenizer
         reason = " ".join(str(error).split())
         raise CheckpointError(
-            f"{folder} has no usable tokenizer ({reason}). Pass tokenizer=..., or skip_tokenizer_init=True to use token ids."
+            f"{folder} has no usable tokenizer ({reason}). Pass another folder as tokenizer=... (--tokenizer of the command); "
+            "or, in Python, skip_tokenizer_init=True to use token ids."
         ) from error

@@ -4,25 +4,33 @@ from __future__ import annotations
 
 import json
 import platform
+import sys
 import time
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.progress import Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
 from autodeploy import __version__
+from autodeploy.bench.commands import app as bench
 from autodeploy.config import SamplingParams
 from autodeploy.demo_questions import check, held_out_questions
 from autodeploy.errors import AutoDeployError
 
 if TYPE_CHECKING:
-    from autodeploy import LLM
+    from autodeploy import LLM, Pipeline
+    from autodeploy.program_store import Store
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Compile an unmodified Hugging Face model and serve it.")
+cache_app = typer.Typer(no_args_is_help=True, help="The stored programs of earlier starts.")
+app.add_typer(cache_app, name="cache")
+app.add_typer(bench, name="bench")
 out, err = Console(), Console(stderr=True)
 
 DEMO_MODEL = Path(__file__).parent / "demo_model"
@@ -32,10 +40,17 @@ Dtype = Annotated[str, typer.Option(help="Element type of weights and activation
 Plugins = Annotated[list[str] | None, typer.Option("--plugin", help="A plugin to apply; may be given several times.")]
 PipelineFile = Annotated[Path | None, typer.Option("--pipeline", help="A YAML file of edits: plugins, without, configure.")]
 Settings = Annotated[list[str] | None, typer.Option("--set", help="pass.option=value; may be given several times.")]
+CacheFolder = Annotated[Path | None, typer.Option("--folder", help="The folder of programs; absent, that of this user.")]
+ProgramCache = Annotated[bool, typer.Option("--program-cache/--no-program-cache", help="Whether to use a stored program.")]
+Verify = Annotated[str, typer.Option(help="What is checked after each pass: off, structure or numeric.")]
 
 
 def main() -> None:
-    """Entry point: an error that autodeploy raises on purpose is one line, not a traceback."""
+    """Entry point: an error that autodeploy raises on purpose is one line, not a traceback.
+
+    Modules in the current directory can be named, for --plugin and as passes to replay; those that are installed come first.
+    """
+    sys.path.append(str(Path.cwd()))
     try:
         app()
     except AutoDeployError as error:
@@ -93,12 +108,16 @@ def generate(
     plugins: Plugins = None,
     pipeline_file: PipelineFile = None,
     settings: Settings = None,
+    verify: Verify = "structure",
+    program_cache: ProgramCache = True,
+    tokenizer: Annotated[str | None, typer.Option(help="A folder with the tokenizer, when the model's has none.")] = None,
 ) -> None:
     """Generate for one or several prompts."""
     from autodeploy import LLM
 
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, stop=stop)
-    with LLM(model, backend=backend, dtype=dtype, **_passes(plugins, pipeline_file, settings)) as llm:
+    passes = _passes(plugins, pipeline_file, settings, verify)
+    with LLM(model, backend=backend, dtype=dtype, tokenizer=tokenizer, program_cache=program_cache, **passes) as llm:
         outputs = _chat(llm, prompt, params) if chat else llm.generate(prompt, params)
     for text, output in zip(prompt, outputs, strict=True):
         answer = output.outputs[0]
@@ -111,15 +130,24 @@ def generate(
         raise failed
 
 
-def _passes(plugins: list[str] | None, file: Path | None, settings: list[str] | None) -> dict[str, Any]:
-    """The options of the engine that --plugin, --pipeline and --set stand for; they are applied in this order."""
+def _passes(
+    plugins: list[str] | None, file: Path | None, settings: list[str] | None, verify: str = "structure"
+) -> dict[str, Any]:
+    """The options of the engine that --plugin, --pipeline and --set (applied in this order) and --verify stand for."""
+    if file is None and not settings:
+        return {"plugins": plugins, "verify": verify}
     from autodeploy.plugins import apply_file, apply_settings
-    from autodeploy.transforms.pipeline import Pipeline
 
     def edit(pipeline: Pipeline) -> Pipeline:
         return apply_settings(apply_file(pipeline, file) if file else pipeline, settings or ())
 
-    return {"plugins": plugins, "pipeline": edit}
+    return {"plugins": plugins, "pipeline": edit, "verify": verify}
+
+
+def _until(pipeline: Pipeline, *wanted: str | None) -> Pipeline:
+    """The passes up to the last of these; none of them for the export."""
+    last = max((pipeline.names().index(name) for name in wanted if name in pipeline.names()), default=-1)
+    return replace(pipeline, passes=pipeline.passes[: last + 1])
 
 
 def _chat(llm: LLM, prompts: list[str], params: SamplingParams) -> list[Any]:
@@ -139,23 +167,28 @@ def inspect(
     plugins: Plugins = None,
     pipeline_file: PipelineFile = None,
     settings: Settings = None,
+    verify: Verify = "structure",
+    meta: Annotated[bool, typer.Option("--meta", help="Read only config.json; as is done anyway where nothing else is.")] = False,
 ) -> None:
     """Compile without loading weights; print the pass table, kernels, caches and the program."""
     from autodeploy._compile import pipeline_of, trace
+    from autodeploy.checkpoint import has_weights
     from autodeploy.config import LLMArgs
     from autodeploy.plugins import foreign_text
     from autodeploy.report.tables import describe
     from autodeploy.report.texts import EXPORT, TextsAfter, formulas, moment_before
     from autodeploy.report.timeline import Timeline
 
-    timeline, args = Timeline(), LLMArgs(model=model, dtype=dtype, **_passes(plugins, pipeline_file, settings))
+    timeline, args = Timeline(), LLMArgs(model=model, dtype=dtype, **_passes(plugins, pipeline_file, settings, verify))
     pipeline = pipeline_of(args)
     for name in (after, diff):
         if name is not None and name != EXPORT:
             pipeline.index(name)  # an unknown name is refused before the work starts
     earlier = None if diff in (None, EXPORT) else moment_before(diff, pipeline.names())
     texts = TextsAfter(*filter(None, (after, diff, earlier)))
-    lowered = trace(args, timeline, texts)
+    if (after or diff) and not weights:
+        args = args.model_copy(update={"plugins": (), "pipeline": _until(pipeline, after, diff)})
+    lowered = trace(args, timeline, texts, meta=meta or not has_weights(Path(model)))
     if after is not None:
         print(texts.texts[after])
     if diff is not None:
@@ -163,7 +196,7 @@ def inspect(
     if weights:
         print(formulas(lowered))
     if after is None and diff is None and not weights:
-        print(describe(lowered, timeline, args.kv_cache_config.page_size) + foreign_text(pipeline))
+        print(describe(lowered, timeline) + foreign_text(pipeline))
         if program:
             print(lowered)
 
@@ -175,25 +208,32 @@ def report(
     dtype: Dtype = "auto",
     max_batch_size: Annotated[int | None, typer.Option(help="The most requests running at once.", min=1)] = None,
     max_seq_len: Annotated[int | None, typer.Option(help="The most tokens of one request; absent, the model's.", min=1)] = None,
+    plugins: Plugins = None,
+    pipeline_file: PipelineFile = None,
+    settings: Settings = None,
+    verify: Verify = "structure",
 ) -> None:
     """Compile, and write what happened as one HTML page."""
-    from autodeploy._compile import compile_observed
+    from autodeploy._compile import compile_observed, pipeline_of
     from autodeploy.config import LLMArgs
-    from autodeploy.report.html import Before, Settings, page
+    from autodeploy.plugins import foreign_passes
+    from autodeploy.report import html
 
     given: dict[str, Any] = {"max_batch_size": max_batch_size, "max_seq_len": max_seq_len}
-    args = LLMArgs(model=model, dtype=dtype, **{name: value for name, value in given.items() if value is not None})
-    before = Before()
+    sizes = {name: value for name, value in given.items() if value is not None}
+    args = LLMArgs(model=model, dtype=dtype, **sizes, **_passes(plugins, pipeline_file, settings, verify))
+    before = html.Before()
     compiled = compile_observed(args, before)
-    settings = Settings(
+    memory = html.Settings(
         page_size=args.kv_cache_config.page_size,
-        pool_tokens=compiled.num_pool_tokens,
+        pools=compiled.pool_units,
         max_batch_size=args.max_batch_size,
         max_num_tokens=args.max_num_tokens,
         max_seq_len=compiled.max_seq_len,
     )
     title, footer = Path(model).resolve().name, f"autodeploy {__version__}"
-    text = page(title, compiled.program, before, compiled.timeline, settings, footer)
+    foreign = foreign_passes(pipeline_of(args))
+    text = html.page(title, compiled.program, before, compiled.timeline, memory, footer, foreign)
     output.write_text(text, encoding="utf-8")
     print(f"{output}: {len(text.encode()) / 1e3:.0f} kB")
 
@@ -208,6 +248,70 @@ def replay(folder: Annotated[Path, typer.Argument(help="The folder that the erro
     print(f"failed with: {error}\nrunning again: {', '.join(item.name for item in passes)}")
     Pipeline(passes).run(program, target, verify=verify)
     print("every pass succeeded this time")
+
+
+@app.command()
+def coverage(
+    families: Annotated[str | None, typer.Option(help="Model types, separated by commas; absent, all of transformers'.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="A file for the results; - prints them.")] = None,
+    markdown_file: Annotated[Path | None, typer.Option("--markdown", help="A file for the results as a page.")] = None,
+    jobs: Annotated[int, typer.Option(help="How many are examined at once.", min=1)] = 1,
+    timeout: Annotated[float, typer.Option(help="Seconds after which a model type counts as failed.", min=1)] = 180.0,
+) -> None:
+    """Compile a small model of every causal language model of transformers, and compare each with eager."""
+    from autodeploy.coverage.run import examine_all
+    from autodeploy.coverage.small import chosen_types
+    from autodeploy.coverage.tables import as_json, markdown, rich_table, totals
+
+    names, results = chosen_types(families), []
+    with Progress(*Progress.get_default_columns(), TextColumn("{task.fields[latest]}"), console=err, transient=True) as progress:
+        task = progress.add_task("examining", total=len(names), latest="")
+        for result in examine_all(names, jobs, timeout):
+            results.append(result)
+            progress.update(task, advance=1, latest=f"{result.model_type}: {result.kind}")
+    if json_file == Path("-"):
+        print(as_json(results), end="")
+        return
+    for file, text in ((json_file, as_json), (markdown_file, markdown)):
+        if file is not None:
+            file.write_text(text(results), encoding="utf-8")
+    out.print(rich_table(results))
+    out.print(totals(results))
+
+
+@cache_app.command("list")
+def list_cache(folder: CacheFolder = None) -> None:
+    """The stored programs, the one used last first."""
+    store = _store(folder)
+    table = Table("model", "dtype", "used", "kB", "entry", title=str(store.folder))
+    for entry in store.entries():
+        used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.used))
+        dtype = entry.facts.get("dtype", "").strip('"')
+        table.add_row(entry.model, dtype, used, f"{entry.num_bytes / 1e3:.0f}", entry.folder.name[:12])
+    out.print(table)
+
+
+@cache_app.command("clear")
+def clear_cache(folder: CacheFolder = None) -> None:
+    """Delete every stored program."""
+    from autodeploy.errors import ConfigError
+    from autodeploy.program_store import Miss
+
+    store = _store(folder)
+    try:
+        count, num_bytes = store.clear()
+    except (Miss, OSError) as error:
+        raise ConfigError(str(error)) from error
+    print(f"{store.folder}: {count} program{'s' if count != 1 else ''} deleted, {num_bytes / 1e3:.0f} kB")
+
+
+def _store(folder: Path | None) -> Store:
+    from autodeploy.errors import ConfigError
+    from autodeploy.program_store import Store, default_folder
+
+    if (chosen := folder or default_folder()) is None:
+        raise ConfigError("AUTODEPLOY_CACHE_DIR=off: there is no program cache; give its --folder")
+    return Store(chosen)
 
 
 @app.command("version")

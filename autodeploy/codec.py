@@ -8,13 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 
 from autodeploy.custom_ops import PROVIDED, SEMANTIC_OPS
 from autodeploy.specs import InputSpec
-from autodeploy.weights import Cast, Cat, Initial, Recipe, Take
+from autodeploy.weights import Cast, Cat, Initial, Permute, Recipe, Reshape, Slice, Stack, Take
 
 TORCH_CONSTANTS = (torch.dtype, torch.memory_format, torch.layout)
 SIZE_ARITHMETIC = (operator.add, operator.sub, operator.mul, operator.floordiv, operator.truediv, operator.mod, operator.neg)
@@ -105,6 +103,14 @@ def encode_recipe(recipe: Recipe) -> dict[str, Any]:
             return {"cast": encode_recipe(source), "dtype": str(dtype).removeprefix("torch.")}
         case Cat(parts, dim):
             return {"cat": [encode_recipe(part) for part in parts], "dim": dim}
+        case Stack(parts, dim):
+            return {"stack": [encode_recipe(part) for part in parts], "dim": dim}
+        case Permute(source, dims):
+            return {"permute": encode_recipe(source), "dims": dims}
+        case Reshape(source, shape):
+            return {"reshape": encode_recipe(source), "shape": shape}
+        case Slice(source, dim, start, stop):
+            return {"slice": encode_recipe(source), "dim": dim, "start": start, "stop": stop}
     raise AssertionError(f"{recipe} cannot be saved")
 
 
@@ -118,6 +124,14 @@ def decode_recipe(data: Mapping[str, Any]) -> Recipe:
             return Cast(decode_recipe(source), getattr(torch, dtype))
         case {"cat": parts, "dim": dim}:
             return Cat(tuple(decode_recipe(part) for part in parts), dim)
+        case {"stack": parts, "dim": dim}:
+            return Stack(tuple(decode_recipe(part) for part in parts), dim)
+        case {"permute": source, "dims": dims}:
+            return Permute(decode_recipe(source), tuple(dims))
+        case {"reshape": source, "shape": shape}:
+            return Reshape(decode_recipe(source), tuple(shape))
+        case {"slice": source, "dim": dim, "start": start, "stop": stop}:
+            return Slice(decode_recipe(source), dim, start, stop)
     raise AssertionError(f"not a recipe: {data}")
 
 
@@ -132,8 +146,12 @@ def describe(value: Any, names: Mapping[Any, str]) -> Any:
     if isinstance(value, list | tuple):
         return [describe(item, names) for item in value]
     if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
+        from sympy import Symbol  # late: to run a program that was read, no value is described
+
         expression = value.node.expr
-        return str(expression.subs({symbol: names.get(symbol, str(symbol)) for symbol in expression.free_symbols}))
+        known = {symbol: names[symbol] for symbol in expression.free_symbols if symbol in names}
+        # given N as text, sympy takes it for its function of that name
+        return str(expression.subs({symbol: Symbol(name) if name.isalpha() else name for symbol, name in known.items()}))
     return str(value)
 
 
@@ -147,5 +165,8 @@ def fake_input(mode: FakeTensorMode, spec: InputSpec, known: dict[str, Any]) -> 
 
 
 def _symbol(mode: FakeTensorMode, name: str) -> Any:
+    from torch._dynamo.source import ConstantSource  # late, and with it most of dynamo: see `describe`
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
+
     context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])  # pyright: ignore
     return mode.from_tensor(torch.zeros(HINTS[name]), symbolic_context=context, source=ConstantSource(name)).shape[0]

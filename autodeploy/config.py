@@ -8,6 +8,7 @@ changes nothing (`_LATER`), and where an option known from other engines lives h
 import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -339,6 +340,16 @@ class LLMArgs(_Options):
         default="structure", description="what is checked after each graph pass"
     )
 
+    program_cache: bool | Path = Field(
+        default=True,
+        description="whether lowered programs of checkpoint folders are stored and used again, or the folder for them",
+    )
+
+    @field_validator("program_cache", mode="before")
+    @classmethod
+    def _cache_folder(cls, value: object) -> object:
+        return Path(value).expanduser() if isinstance(value, str) else value
+
     @field_validator("dtype", mode="before")
     @classmethod
     def _bare_dtype(cls, value: object) -> str:
@@ -353,8 +364,11 @@ class LLMArgs(_Options):
 
     @field_validator("plugins", mode="before")
     @classmethod
-    def _as_tuple(cls, value: object) -> object:
-        return _as_tuple(value)
+    def _as_names(cls, value: object) -> object:
+        names = _as_tuple(value)
+        if not isinstance(names, tuple) or not all(isinstance(name, str) for name in names):
+            raise ValueError("plugins are named by text; give a function from Pipeline to Pipeline as pipeline=function")
+        return names
 
     @field_validator("kv_cache_config", mode="before")
     @classmethod

@@ -73,3 +73,8 @@ def did_you_mean(name: str, candidates: Iterable[str]) -> str:
     """Suggest the candidate nearest to `name`, as text to append to a message; empty when none is near."""
     near = difflib.get_close_matches(name, list(candidates), n=1)
     return f" Did you mean '{near[0]}'?" if near else ""
+
+
+def with_article(noun: str) -> str:
+    """a str, an int"""
+    return f"{'an' if noun[:1].lower() in 'aeiou' else 'a'} {noun}"

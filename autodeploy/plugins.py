@@ -16,11 +16,23 @@ from typing import Any, cast
 
 import yaml
 
-from autodeploy.errors import AutoDeployError, ConfigError, did_you_mean
+from autodeploy.errors import AutoDeployError, ConfigError, did_you_mean, with_article
+from autodeploy.specs import Target
+from autodeploy.transforms.default import default_pipeline
 from autodeploy.transforms.pipeline import Pipeline
 
 GROUP = "autodeploy.plugins"
 Plugin = Callable[[Pipeline], Pipeline]
+
+
+def edited_pipeline(given: Any, plugins: Sequence[str], target: Target) -> Pipeline:
+    """The default pipeline or the one given, as the plugins and then the function given edit it. Raises ConfigError."""
+    edited = apply_plugins(given if isinstance(given, Pipeline) else default_pipeline(target), plugins)
+    if given is None or isinstance(given, Pipeline):
+        return edited
+    if not callable(given) or not isinstance(edited := given(edited), Pipeline):
+        raise ConfigError("'pipeline' must be a Pipeline or a function from Pipeline to Pipeline")
+    return edited
 
 
 def apply_plugins(pipeline: Pipeline, names: Sequence[str]) -> Pipeline:
@@ -40,7 +52,7 @@ def load_plugin(name: str) -> Plugin:
     except Exception as error:
         raise ConfigError(f"plugin '{name}' cannot be imported: {_cause(error)}. Repair it, or leave its name out.") from error
     if not callable(plugin):
-        raise ConfigError(f"plugin '{name}' is a {type(plugin).__name__}, not a function from Pipeline to Pipeline")
+        raise ConfigError(f"plugin '{name}' is {with_article(type(plugin).__name__)}, not a function from Pipeline to Pipeline")
     return cast(Plugin, plugin)
 
 
@@ -75,7 +87,9 @@ def _read_edits(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} cannot be read: {_cause(error)}") from error
     kinds = {"plugins": list, "without": list, "configure": dict}
     if not isinstance(edits, dict):
-        raise ConfigError(f"{path} is a {type(edits).__name__}, but a mapping with the keys {', '.join(kinds)} is needed")
+        raise ConfigError(
+            f"{path} is {with_article(type(edits).__name__)}, but a mapping with the keys {', '.join(kinds)} is needed"
+        )
     for key, value in edits.items():
         if key not in kinds:
             raise ConfigError(f"{path} has a key '{key}'.{did_you_mean(str(key), kinds)} It may have: {', '.join(kinds)}")
@@ -86,10 +100,15 @@ def _read_edits(path: Path) -> dict[str, Any]:
     return edits
 
 
+def foreign_passes(pipeline: Pipeline) -> list[tuple[str, str]]:
+    """(pass, module) of each pass that is not autodeploy's own, in order."""
+    modules = [(item.name, type(item).__module__) for item in pipeline]
+    return [(name, module) for name, module in modules if module.partition(".")[0] != "autodeploy"]
+
+
 def foreign_text(pipeline: Pipeline) -> str:
     """A line that names the passes that are not autodeploy's own and their modules; empty when there are none."""
-    modules = [(item.name, type(item).__module__) for item in pipeline]
-    foreign = [f"{name} ({module})" for name, module in modules if module.partition(".")[0] != "autodeploy"]
+    foreign = [f"{name} ({module})" for name, module in foreign_passes(pipeline)]
     return f"passes from elsewhere: {', '.join(foreign)}\n" if foreign else ""
 
 
@@ -100,7 +119,8 @@ def _apply(name: str, plugin: Plugin, pipeline: Pipeline) -> Pipeline:
         cause = str(error) if isinstance(error, AutoDeployError) else _cause(error)
         raise ConfigError(f"plugin '{name}' failed: {cause}") from error
     if not isinstance(edited, Pipeline):
-        raise ConfigError(f"plugin '{name}' returned a {type(edited).__name__}, but it must return the edited Pipeline")
+        what = "nothing" if edited is None else with_article(type(edited).__name__)
+        raise ConfigError(f"plugin '{name}' returned {what}, but it must return the edited Pipeline")
     return edited
 
 
@@ -138,7 +158,8 @@ def _configured(pipeline: Pipeline, name: str, option: str, given: Any) -> Pipel
         given = float(given)
     edited = pipeline.configure(name, **{option: given})  # refuses an unknown option
     if now is not None and type(given) is not type(now):
-        raise ConfigError(f"pass '{name}': {option}={given!r} is a {type(given).__name__}, but a {type(now).__name__} is needed")
+        is_now, wanted = with_article(type(given).__name__), with_article(type(now).__name__)
+        raise ConfigError(f"pass '{name}': {option}={given!r} is {is_now}, but {wanted} is needed")
     return edited
 
 

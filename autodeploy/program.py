@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Mapping
 from copy import copy
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -11,13 +12,20 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from autodeploy.codec import decode, decode_recipe, decode_target, describe, encode, encode_recipe, encode_target, fake_input
-from autodeploy.custom_ops import SEMANTIC_OPS, symbolic
+from autodeploy.codec import decode_recipe, describe, encode_recipe
+from autodeploy.custom_ops import SEMANTIC_OPS
 from autodeploy.errors import ProgramFileError
-from autodeploy.specs import EXAMPLE_PAGE_SIZE, EXAMPLE_PAGES, CacheSpec, InputSpec, Level, PagedKV, SlidingWindowKV
+from autodeploy.graph_file import ValueReader, encode_node, encode_parameter, read_graph
+from autodeploy.specs import (
+    CacheSpec,
+    InputSpec,
+    LatentKV,
+    Level,
+    PagedKV,
+    RecurrentState,
+    SlidingWindowKV,
+)
 from autodeploy.weights import WeightPlan
 
 
@@ -32,6 +40,29 @@ class PassRecord:
     """Op name -> nodes more (or fewer) than before."""
 
 
+@dataclass(frozen=True)
+class Choice:
+    """Which provider some calls of a semantic op got."""
+
+    provider: str
+    against: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Each provider preferred to it -> the reasons against that one."""
+
+
+@dataclass(frozen=True)
+class Twin:
+    """A smaller model of the same kinds of layers, whose passes were verified numerically in place of those of a large one."""
+
+    num_layers: int
+    """Attention calls."""
+    num_bytes: int
+    """Of its weights in float64."""
+    model_bytes: int
+    """Of the large model's weights in float64."""
+    max_bytes: int
+    """What numeric verification may take."""
+
+
 @dataclass
 class Program:
     graph: fx.GraphModule
@@ -43,9 +74,11 @@ class Program:
     weights: WeightPlan
     rope_thresholds: tuple[int, ...] = ()
     """A request whose length crosses one of these is recomputed from its first token."""
-    providers: dict[str, str] = field(default_factory=dict)
-    """Semantic op -> the provider chosen, and why not the ones before it."""
+    providers: dict[str, tuple[Choice, ...]] = field(default_factory=dict)
+    """Semantic op -> the choices made for its calls, each different one once."""
     history: list[PassRecord] = field(default_factory=list)
+    twin: Twin | None = None
+    """What the numbers were verified on, where that was not this program."""
 
     @property
     def level(self) -> Level:
@@ -70,14 +103,26 @@ class Program:
 
     def check(self) -> None:
         """Placeholders are inputs then caches; parameters read are parameters planned; every value is known."""
+        self._check_tables()
+        bare = [node.name for node in self.graph.graph.nodes if node.op != "output" and "val" not in node.meta]
+        assert not bare, f"nodes without a value in meta: {bare[:5]}"
+
+    def _check_tables(self) -> None:
+        """What holds without values too."""
         placeholders = [node.name for node in self.graph.graph.nodes if node.op == "placeholder"]
         expected = [*self.inputs, *self.caches]
         assert placeholders == expected, f"placeholders are {placeholders}, but inputs and caches are {expected}"
         read = {str(node.target) for node in self.graph.graph.nodes if node.op == "get_attr"}
         planned = set(self.weights)
         assert read == planned, f"read but not planned: {sorted(read - planned)}; planned but not read: {sorted(planned - read)}"
-        bare = [node.name for node in self.graph.graph.nodes if node.op != "output" and "val" not in node.meta]
-        assert not bare, f"nodes without a value in meta: {bare[:5]}"
+
+    def derive_values(self) -> None:
+        """Give every node its value, where the program was decoded without them."""
+        if any("val" not in node.meta for node in self.graph.graph.nodes if node.op == "placeholder"):
+            self._value_reader().read(self.graph.graph)
+
+    def _value_reader(self) -> ValueReader:
+        return ValueReader(self.inputs, self.caches, {name: self.parameter(name) for name in self.weights})
 
     def op_counts(self) -> Counter[str]:
         return Counter(op_name(node.target) for node in self.graph.graph.nodes if node.op == "call_function")
@@ -112,11 +157,12 @@ class Program:
             "inputs": {name: asdict(spec) for name, spec in self.inputs.items()},
             "caches": {name: {"kind": type(spec).__name__, **asdict(spec)} for name, spec in self.caches.items()},
             "weights": {name: encode_recipe(recipe) for name, recipe in self.weights.recipes.items()},
-            "parameters": {name: _parameter_type(self.parameter(name)) for name in self.weights},
+            "parameters": {name: encode_parameter(self.parameter(name)) for name in self.weights},
             "rope_thresholds": self.rope_thresholds,
-            "providers": self.providers,
+            "providers": {name: [asdict(choice) for choice in choices] for name, choices in self.providers.items()},
             "history": [asdict(record) for record in self.history],
-            "nodes": [_encode_node(node, names) for node in self.graph.graph.nodes],
+            "twin": asdict(self.twin) if self.twin else None,
+            "nodes": [encode_node(node, names) for node in self.graph.graph.nodes],
         }
         folder.mkdir(parents=True, exist_ok=True)
         (folder / FILE_NAME).write_text(json.dumps(data, indent=1))
@@ -125,17 +171,8 @@ class Program:
     def load(cls, folder: Path) -> Program:
         """Read what `save` wrote, deriving every value anew. Raises ProgramFileError when one is not what was saved."""
         data = _read(folder / FILE_NAME)
-        inputs = {name: InputSpec(**{**spec, "shape": tuple(spec["shape"])}) for name, spec in data["inputs"].items()}
-        caches = {name: _decode_cache(spec) for name, spec in data["caches"].items()}
-        program = cls(
-            graph=_GraphReader(inputs, caches, data["parameters"]).read(data["nodes"]),
-            inputs=inputs,
-            caches=caches,
-            weights=WeightPlan({name: decode_recipe(recipe) for name, recipe in data["weights"].items()}),
-            rope_thresholds=tuple(data["rope_thresholds"]),
-            providers=data["providers"],
-            history=[PassRecord(**record) for record in data["history"]],
-        )
+        program = _decode(data)
+        program._value_reader().read(program.graph.graph, {node["name"]: node.get("value") for node in data["nodes"]})
         program.check()
         return program
 
@@ -226,74 +263,54 @@ def _statement(node: fx.Node, names: dict[Any, str]) -> str:
 
 # Saving and loading
 
-FILE_NAME, FORMAT_VERSION = "program.json", 1
-CACHE_KINDS = {kind.__name__: kind for kind in (PagedKV, SlidingWindowKV)}
+FILE_NAME, FORMAT_VERSION = "program.json", 2
+CACHE_KINDS: dict[str, Any] = {kind.__name__: kind for kind in (PagedKV, SlidingWindowKV, LatentKV, RecurrentState)}
+
+
+def decode_program(text: str | bytes) -> Program:
+    """A program from the content of its file, without values: for one that is known to be as it was saved, and is to run."""
+    program = _decode(_parse(text, FILE_NAME))
+    program._check_tables()
+    return program
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        data = json.loads(path.read_text())
+        text = path.read_text()
     except (OSError, ValueError) as error:
         raise ProgramFileError(f"{path} cannot be read ({error}). Save the program again.") from error
+    return _parse(text, str(path))
+
+
+def _parse(text: str | bytes, name: str) -> dict[str, Any]:
+    try:
+        data = json.loads(text)
+    except ValueError as error:
+        raise ProgramFileError(f"{name} cannot be read ({error}). Save the program again.") from error
     if not isinstance(data, dict) or data.get("version") != FORMAT_VERSION:
-        raise ProgramFileError(f"{path} is not a program of format {FORMAT_VERSION}. Save it again with this version.")
+        raise ProgramFileError(f"{name} is not a program of format {FORMAT_VERSION}. Save it again with this version.")
     return data
 
 
-def _parameter_type(tensor: torch.Tensor) -> dict[str, Any]:
-    return {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
+def _decode(data: dict[str, Any]) -> Program:
+    return Program(
+        graph=read_graph(data["nodes"], data["parameters"]),
+        inputs={name: InputSpec(**{**spec, "shape": tuple(spec["shape"])}) for name, spec in data["inputs"].items()},
+        caches={name: _decode_cache(spec) for name, spec in data["caches"].items()},
+        weights=WeightPlan({name: decode_recipe(recipe) for name, recipe in data["weights"].items()}),
+        rope_thresholds=tuple(data["rope_thresholds"]),
+        providers={name: tuple(map(_decode_choice, choices)) for name, choices in data["providers"].items()},
+        history=[PassRecord(**record) for record in data["history"]],
+        twin=Twin(**data["twin"]) if data["twin"] else None,
+    )
 
 
 def _decode_cache(data: dict[str, Any]) -> CacheSpec:
-    return CACHE_KINDS[data["kind"]](**{key: value for key, value in data.items() if key != "kind"})
+    fields: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in data.items() if key != "kind"
+    }
+    return CACHE_KINDS[data["kind"]](**fields)
 
 
-def _encode_node(node: fx.Node, names: dict[Any, str]) -> dict[str, Any]:
-    target = encode_target(node.target) if node.op == "call_function" else str(node.target)
-    data = {"name": node.name, "op": node.op, "target": target, "args": encode(node.args)}
-    data |= {"kwargs": encode(node.kwargs)["dict"]} if node.kwargs else {}
-    return data | ({"value": describe(node.meta["val"], names)} if node.op != "output" else {})
-
-
-class _GraphReader:
-    """Builds a graph from saved nodes; every value is derived anew and compared with the saved one."""
-
-    def __init__(self, inputs: dict[str, InputSpec], caches: dict[str, CacheSpec], parameters: dict[str, Any]) -> None:
-        self.inputs, self.caches = inputs, caches
-        self.mode, self.known = FakeTensorMode(shape_env=ShapeEnv()), dict[str, Any]()
-        self.tensors: dict[str, Any] = {
-            name: torch.nn.Parameter(torch.empty(kind["shape"], dtype=getattr(torch, kind["dtype"]), device="meta"), False)
-            for name, kind in parameters.items()
-        }
-
-    def read(self, nodes: list[dict[str, Any]]) -> fx.GraphModule:
-        graph, made = fx.Graph(), dict[str, fx.Node]()
-        for data in nodes:
-            target = decode_target(data["target"]) if data["op"] == "call_function" else data["target"]
-            args, kwargs = tuple(decode(data["args"], made)), decode({"dict": data.get("kwargs", {})}, made)
-            node = made[data["name"]] = graph.create_node(data["op"], target, args, kwargs, data["name"])
-            if node.op != "output":
-                node.meta["val"] = self.derive(node)
-                self.compare(node, data)
-        return fx.GraphModule(self.tensors, graph)
-
-    def compare(self, node: fx.Node, data: dict[str, Any]) -> None:
-        derived = describe(node.meta["val"], {size.node.expr: name for name, size in self.known.items()})
-        if derived != data["value"]:
-            raise ProgramFileError(
-                f"{node.name} was saved as {data['value']}, but {data['target']} gives {derived}. Save it again."
-            )
-
-    def derive(self, node: fx.Node) -> Any:
-        """The value of a node from those of its arguments, or from the spec of an input, a cache or a parameter."""
-        if node.op == "placeholder" and node.name in self.inputs:
-            return fake_input(self.mode, self.inputs[node.name], self.known)
-        with self.mode, torch.no_grad():
-            if node.op == "placeholder":
-                spec = self.caches[node.name]
-                return torch.empty(spec.shape(EXAMPLE_PAGES, EXAMPLE_PAGE_SIZE), dtype=getattr(torch, spec.dtype))
-            if node.op == "get_attr":
-                parameter = self.tensors[str(node.target)]
-                return torch.empty(parameter.shape, dtype=parameter.dtype)
-            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda arg: arg.meta["val"])  # pyright: ignore
-            return symbolic(node.target)(*args, **kwargs)
+def _decode_choice(data: dict[str, Any]) -> Choice:
+    return Choice(data["provider"], {name: tuple(reasons) for name, reasons in data["against"].items()})

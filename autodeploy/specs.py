@@ -9,7 +9,7 @@ Shape symbols used in every docstring of the package:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from math import prod
@@ -33,6 +33,24 @@ class Target:
 
 
 @dataclass(frozen=True)
+class ModelFacts:
+    """What serving needs to know of a model beside its program."""
+
+    eos_token_ids: frozenset[int]
+    max_seq_len: int
+    vocab_size: int
+
+    @classmethod
+    def of(cls, config: Any, generation: Any) -> ModelFacts:
+        """From a model's config and its generation config, which may be None."""
+        text = config.get_text_config()
+        eos = getattr(generation, "eos_token_id", None)
+        eos = getattr(text, "eos_token_id", None) if eos is None else eos
+        ids = frozenset() if eos is None else frozenset(eos if isinstance(eos, list) else [eos])
+        return cls(ids, getattr(text, "max_position_embeddings", None) or 2048, text.vocab_size)
+
+
+@dataclass(frozen=True)
 class InputSpec:
     """One tensor that the executor fills before each forward. `shape` holds the symbols above or numbers."""
 
@@ -49,9 +67,16 @@ INPUTS: dict[str, InputSpec] = {
     "page_table": InputSpec(("B", "P"), "int64", "pages of each request in order, padded with 0"),
     "cu_seqlens_q": InputSpec(("B+1",), "int32", "first token of each request in the row, and T"),
     "seq_lens": InputSpec(("B",), "int32", "tokens of each request in the cache after this step"),
+    "state_slots": InputSpec(("B",), "int64", "slot of each request's recurrent states"),
     "logits_indices": InputSpec(("N",), "int64", "tokens whose logits are wanted"),
 }
 """Every input the executor knows how to build, by name."""
+
+
+def input_spec(name: str) -> InputSpec:
+    """Of an input, or of a window pool's `page_table_window_N` or `slot_mapping_window_N`."""
+    return INPUTS[name.partition("_window_")[0]]
+
 
 BatchMetadata = Mapping[str, Any]
 """One step's inputs by name: numpy arrays of the shapes and dtypes above."""
@@ -71,7 +96,12 @@ class AttentionLayer:
     """Tokens a query sees, itself included; 0 is no limit."""
     softcap: float = 0.0
     """Scores become softcap * tanh(scores / softcap); 0 is off."""
+    chunk: int = 0
+    """A query sees the keys of its own chunk of that many positions; 0 is no limit."""
     has_sinks: bool = False
+    has_alibi: bool = False
+    is_latent: bool = False
+    """The values are the last `head_dim_v` numbers of the keys."""
 
 
 @dataclass(frozen=True)
@@ -83,11 +113,17 @@ class PagedKV:
     head_dim_v: int
     dtype: str
 
+    @property
+    def pool(self) -> str:
+        """Caches of one pool share their page tables (or slots)."""
+        return PAGES
+
     def shape(self, num_pages: int, page_size: int) -> tuple[int, ...]:
         """Cache tensor: [num_pages, page_size, Hkv, Dk + Dv]; a token's key and value lie side by side."""
         return (num_pages, page_size, self.num_kv_heads, self.head_dim_k + self.head_dim_v)
 
-    def bytes_per_page(self, page_size: int) -> int:
+    def bytes_per_unit(self, page_size: int) -> int:
+        """Bytes of one page (of one slot, for a state)."""
         return prod(self.shape(1, page_size)) * DTYPE_BYTES[self.dtype]
 
 
@@ -97,8 +133,64 @@ class SlidingWindowKV(PagedKV):
 
     window: int = 0
 
+    @property
+    def pool(self) -> str:
+        return f"window_{self.window}"
 
-CacheSpec = PagedKV
+
+@dataclass(frozen=True)
+class LatentKV(PagedKV):
+    """Keys of one head whose last `head_dim_v` numbers are the values too (multi-head latent attention)."""
+
+    def shape(self, num_pages: int, page_size: int) -> tuple[int, ...]:
+        """Cache tensor: [num_pages, page_size, 1, Dk]."""
+        return (num_pages, page_size, self.num_kv_heads, self.head_dim_k)
+
+
+@dataclass(frozen=True)
+class RecurrentState:
+    """What a recurrent layer remembers of a request, whatever its length: one slot."""
+
+    state_shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def pool(self) -> str:
+        return STATES
+
+    def shape(self, num_slots: int, page_size: int) -> tuple[int, ...]:
+        """Cache tensor: [num_slots, *state_shape]."""
+        return (num_slots, *self.state_shape)
+
+    def bytes_per_unit(self, page_size: int) -> int:
+        return prod(self.state_shape) * DTYPE_BYTES[self.dtype]
+
+
+CacheSpec = PagedKV | RecurrentState
+
+PAGES, STATES = "pages", "states"
+"""Pools of caches: pages that keep all tokens, slots of states; `window_N` keeps the tokens of a window."""
+
+
+def bytes_per_token(specs: Iterable[CacheSpec]) -> int:
+    """Of all paged caches together."""
+    return sum(spec.bytes_per_unit(1) for spec in specs if spec.pool != STATES)
+
+
+def bytes_per_request(specs: Iterable[CacheSpec]) -> int:
+    """Of all recurrent states together, whatever the request's length."""
+    return sum(spec.bytes_per_unit(1) for spec in specs if spec.pool == STATES)
+
+
+def window_of_pool(pool: str) -> int:
+    """N of the pool `window_N`; 0 for the others."""
+    return int(pool.removeprefix("window_")) if pool.startswith("window_") else 0
+
+
+def input_of_pool(name: str, pool: str) -> str:
+    """The name under which a pool's `page_table` or `slot_mapping` is an input."""
+    return name if pool == PAGES else f"{name}_{pool}"
+
 
 EXAMPLE_PAGES, EXAMPLE_PAGE_SIZE = 8, 32
 """Sizes of the pool in values that stand for a cache; nothing may depend on them."""

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import reduce
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-
-Fetch = Callable[[str], Tensor]
 
 
 @dataclass(frozen=True)
@@ -72,6 +71,66 @@ class Cast(Unary):
 
 
 @dataclass(frozen=True)
+class Reshape(Unary):
+    """The same numbers in row-major order, in another shape."""
+
+    shape: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.source}.reshape({', '.join(map(str, self.shape))})"
+
+    def apply(self, *tensors: Tensor) -> Tensor:
+        return tensors[0].reshape(self.shape)
+
+
+@dataclass(frozen=True)
+class Slice(Unary):
+    """Elements [start, stop) of one dim."""
+
+    dim: int
+    start: int
+    stop: int
+
+    def __str__(self) -> str:
+        return f"{self.source}[{':, ' * self.dim}{self.start}:{self.stop}]"
+
+    def apply(self, *tensors: Tensor) -> Tensor:
+        return tensors[0].narrow(self.dim, self.start, self.stop - self.start)
+
+
+@dataclass(frozen=True)
+class Permute(Unary):
+    """The dims in another order, laid out anew."""
+
+    dims: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.source}.permute({', '.join(map(str, self.dims))})"
+
+    def apply(self, *tensors: Tensor) -> Tensor:
+        return tensors[0].permute(self.dims).contiguous()
+
+
+@dataclass(frozen=True)
+class Stack(Recipe):
+    """Parts of one shape along a new dim, such as the experts of a layer."""
+
+    parts: tuple[Recipe, ...]
+    dim: int
+
+    def __str__(self) -> str:
+        shown = map(str, self.parts) if len(self.parts) <= 3 else (str(self.parts[0]), "...", str(self.parts[-1]))
+        return f"stack({', '.join(shown)}, dim={self.dim})"
+
+    @property
+    def sources(self) -> tuple[Recipe, ...]:
+        return self.parts
+
+    def apply(self, *tensors: Tensor) -> Tensor:
+        return torch.stack(tensors, dim=self.dim)
+
+
+@dataclass(frozen=True)
 class Cat(Recipe):
     parts: tuple[Recipe, ...]
     dim: int
@@ -111,11 +170,48 @@ class Convert(Recipe):
         return self.convert(collected)[self.target]
 
 
-def evaluate(recipe: Recipe, fetch: Callable[[Recipe], Tensor]) -> Tensor:
+Fetch = Callable[[Recipe], Tensor]
+
+
+def evaluate(recipe: Recipe, fetch: Fetch) -> Tensor:
     """The recipe's tensor; `fetch` answers for the leaves. May share memory with a leaf."""
     if not recipe.sources:
         return fetch(recipe)
     return recipe.apply(*(evaluate(source, fetch) for source in recipe.sources))
+
+
+def shape_of(recipe: Recipe, fetch: Fetch) -> Tensor:
+    """A meta tensor of the recipe's shape and dtype.
+
+    Joins are computed here: torch's own on meta tensors are written in Python, and the first one imports dynamo (2 s).
+    """
+    if not recipe.sources:
+        return torch.empty_like(fetch(recipe), device="meta")
+    like = [shape_of(source, fetch) for source in recipe.sources]
+    if not isinstance(recipe, Cat | Stack):
+        return recipe.apply(*like)
+    shape = list(like[0].shape)
+    if isinstance(recipe, Cat):
+        shape[recipe.dim] = sum(part.shape[recipe.dim] for part in like)
+    else:
+        shape.insert(recipe.dim, len(like))
+    return torch.empty(shape, dtype=reduce(torch.promote_types, (part.dtype for part in like)), device="meta")
+
+
+def fill(recipe: Recipe, out: Tensor, fetch: Fetch) -> None:
+    """Write the recipe's tensor into `out`, part by part: nothing larger than one part exists beside it."""
+    match recipe:
+        case Stack(parts, dim):
+            for part, place in zip(parts, out.unbind(dim), strict=True):
+                fill(part, place, fetch)
+        case Cat(parts, dim):
+            sizes = [shape_of(part, fetch).shape[dim] for part in parts]
+            for part, place in zip(parts, out.split(sizes, dim), strict=True):
+                fill(part, place, fetch)
+        case Cast(Stack() | Cat() as source, dtype) if dtype == out.dtype:
+            fill(source, out, fetch)  # parts hold numbers as they are stored: they are rounded when they are written
+        case _:
+            out.copy_(evaluate(recipe, fetch))
 
 
 def substitute(recipe: Recipe, leaves: Mapping[str, Recipe]) -> Recipe:
@@ -125,7 +221,7 @@ def substitute(recipe: Recipe, leaves: Mapping[str, Recipe]) -> Recipe:
             return leaves.get(name, recipe)
         case Unary():
             return replace(recipe, source=substitute(recipe.source, leaves))
-        case Cat():
+        case Cat() | Stack():
             return replace(recipe, parts=tuple(substitute(part, leaves) for part in recipe.parts))
         case _:
             return recipe
@@ -190,10 +286,22 @@ def materialize(plan: WeightPlan, source: TensorSource, device: str = "cpu") -> 
             fetched.append(source.fetch(leaf))
             return fetched[-1]
 
-        tensor = evaluate(recipe, fetch).detach()
+        tensor = _assembled(recipe, fetch) if _has_parts(recipe) else evaluate(recipe, fetch).detach()
         if source.mapped and any(_storage(tensor) == _storage(leaf) for leaf in fetched):
             tensor = tensor.clone(memory_format=torch.contiguous_format)
         yield name, tensor.to(device)
+
+
+def _has_parts(recipe: Recipe) -> bool:
+    return isinstance(recipe.source if isinstance(recipe, Cast) else recipe, Cat | Stack)
+
+
+def _assembled(recipe: Recipe, fetch: Fetch) -> Tensor:
+    like = shape_of(recipe, fetch)
+    result = torch.empty(like.shape, dtype=like.dtype)
+    with torch.no_grad():
+        fill(recipe, result, fetch)
+    return result
 
 
 def _storage(tensor: Tensor) -> Any:

@@ -79,13 +79,14 @@ def measure(folder: Path) -> dict[str, Any]:
     base, memory = anonymous_bytes(), PeakMemory()
     from autodeploy import LLM, SamplingParams
 
-    with LLM(str(folder), skip_tokenizer_init=True, max_seq_len=4096, kv_cache_config={"max_bytes": POOL_BYTES}) as llm:
+    sizes: dict[str, Any] = {"max_seq_len": 4096, "kv_cache_config": {"max_bytes": POOL_BYTES}}
+    with LLM(str(folder), skip_tokenizer_init=True, program_cache=False, **sizes) as llm:
         prompts = torch.randint(0, 151936, (NUM_REQUESTS, NUM_IN), generator=torch.Generator().manual_seed(0)).tolist()
         started = time.perf_counter()
         outputs = llm.generate(prompts, SamplingParams(max_tokens=NUM_OUT, ignore_eos=True))
         seconds = time.perf_counter() - started
-        timeline, runner = llm.compiled.timeline, llm.compiled.runner
-        weight_bytes = runner.weight_bytes  # pyright: ignore[reportAttributeAccessIssue]
+        timeline, runner, program = llm.compiled.timeline, llm.compiled.runner, llm.compiled.program
+        weight_bytes = sum(program.parameter(name).nbytes for name in program.weights)
         pool_bytes = sum(cache.nbytes for cache in runner.caches)  # pyright: ignore[reportAttributeAccessIssue]
     grown = memory.stop() - base
     return {

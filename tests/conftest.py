@@ -1,8 +1,9 @@
-"""Settings that hold for every test: no network, two torch threads."""
+"""Settings that hold for every test: no network, two torch threads, no program of an earlier run."""
 
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["AUTODEPLOY_CACHE_DIR"] = "off"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch

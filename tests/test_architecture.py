@@ -21,17 +21,22 @@ ARROWS = {
     ("errors", "config", "specs"): (),
     ("custom_ops",): ("errors", "config", "specs"),
     ("weights",): ("custom_ops",),
-    ("codec",): ("weights",),
-    ("program",): ("codec",),
+    ("checkpoint", "codec"): ("weights",),
+    ("graph_file",): ("codec",),
+    ("program",): ("graph_file",),
+    ("program_store",): (),
+    ("program_key",): ("checkpoint", "program_store"),
+    ("program_cache",): ("program", "program_key"),
     ("transforms",): ("program",),
     ("capture", "plugins", "report"): ("transforms",),
     ("distributed",): ("program",),
     ("executor",): ("distributed",),
-    ("_compile",): ("capture", "plugins", "report", "executor"),
+    ("_lower",): ("capture", "plugins", "report", "executor", "program_cache"),
+    ("_compile",): ("_lower",),
     ("_llm",): ("_compile",),
     ("testing",): ("capture",),
     ("__init__",): ("_llm", "testing"),
-    ("serve", "bench"): ("__init__",),
+    ("serve", "bench", "coverage"): ("__init__",),
     ("demo_questions",): (),
     ("eval", "cli"): ("serve", "bench", "demo_questions"),
     ("__main__",): ("cli",),
@@ -41,11 +46,12 @@ TORCH_FREE = {
     "autodeploy.errors",
     "autodeploy.specs",
     "autodeploy.demo_questions",
+    "autodeploy.program_store",
     "autodeploy.executor.request",
     "autodeploy.executor.scheduler",
     "autodeploy.executor.kv_cache",
 }
-LATE_IMPORTERS = {"autodeploy", "autodeploy.cli"}
+LATE_IMPORTERS = {"autodeploy", "autodeploy.cli", "autodeploy._compile"}
 CODE_LOADERS = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "marshal", "shelve", "torch.load", "torch.save"}
 NOT_A_GRAPH = "torch.fx.node.has_side_effect"  # how an op tells dead-code elimination that it mutates
 LONGEST_FUNCTION = 100

@@ -14,6 +14,7 @@ import pytest
 import autodeploy
 from autodeploy.cli import main
 from autodeploy.transforms.default import default_pipeline
+from tests.test_inspect import FAILING
 
 DEMO = str(Path(autodeploy.__file__).parent / "demo_model")
 INSTALLED = Path(sys.executable).with_name("autodeploy")
@@ -108,8 +109,28 @@ def test_an_error_shows_brackets_and_joins_lines(monkeypatch: pytest.MonkeyPatch
         main()
     assert caught.value.code == 1
     shown = capsys.readouterr()
-    assert re.fullmatch(r"CheckpointError: no \[such\] folder \[/here\] is not a folder\..*\n", shown.err)
+    assert re.fullmatch(r"CheckpointError: no \[such\] folder \[/here\] is not a folder \(relative to /.*\)\..*\n", shown.err)
     assert shown.out == ""
+
+
+def test_modules_in_the_current_directory_are_found_for_plugins_and_for_replay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "passes_here.py").write_text(FAILING)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+
+    def shown(*arguments: str) -> str:
+        sys.modules.pop("passes_here", None)
+        monkeypatch.setattr(sys, "argv", ["autodeploy", *arguments])
+        with pytest.raises(SystemExit):
+            main()
+        return capsys.readouterr().err
+
+    first = shown("inspect", DEMO, "--plugin", "passes_here:plugin")
+    found = re.search(r"transform 'failing': ArithmeticError: on purpose.* autodeploy replay (\S+)$", first)
+    assert found, first
+    assert "transform 'failing': ArithmeticError: on purpose" in shown("replay", found[1])
 
 
 def test_a_missing_option_is_a_usage_error(runs: Runs) -> None:

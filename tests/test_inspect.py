@@ -9,14 +9,14 @@ from typer.testing import CliRunner
 
 import autodeploy
 from autodeploy.cli import app
-from autodeploy.errors import ConfigError
+from autodeploy.errors import CheckpointError, ConfigError, TransformError
 
 DEMO = str(Path(autodeploy.__file__).parent / "demo_model")
 NUM_LAYERS = json.loads((Path(DEMO) / "config.json").read_text())["num_hidden_layers"]
 
 
-def inspect(*options: str) -> str:
-    done = CliRunner().invoke(app, ["inspect", DEMO, *options], catch_exceptions=False)
+def inspect(*options: str, model: str = DEMO) -> str:
+    done = CliRunner().invoke(app, ["inspect", model, *options], catch_exceptions=False)
     assert done.exit_code == 0
     return done.stdout
 
@@ -27,7 +27,7 @@ def inspect(*options: str) -> str:
         ("export", "program (exported; passes: none)", "aten.rsqrt(", "autodeploy.rms_norm("),
         (
             "match_norm",
-            "program (canonical; passes: cleanup, prove_packing, match_norm)",
+            "program (canonical; passes: cleanup, match_conv, prove_packing, match_norm)",
             "autodeploy.rms_norm(",
             "autodeploy.rope(",
         ),
@@ -59,6 +59,44 @@ def test_weights_are_formulas_and_nothing_else() -> None:
     joined = next(line for line in lines if line.startswith("model.layers.0.mlp.gate_proj_up_proj.weight"))
     names = "model.layers.0.mlp.gate_proj.weight, model.layers.0.mlp.up_proj.weight"
     assert re.search(rf": float32\[\d+, \d+\] = cat\({re.escape(names)}, dim=0\)$", joined)
+
+
+FAILING = """
+from dataclasses import dataclass
+from autodeploy import Transform
+
+@dataclass(frozen=True, kw_only=True)
+class Failing(Transform):
+    name = "failing"
+
+    def apply(self, program, target):
+        raise ArithmeticError("on purpose")
+
+def plugin(pipeline):
+    return pipeline.insert_after("match_norm", Failing())
+"""
+
+
+def test_the_passes_after_the_one_that_is_asked_for_do_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "failing_later.py").write_text(FAILING)
+    monkeypatch.syspath_prepend(tmp_path)
+    options = ("--plugin", "failing_later:plugin")
+    assert inspect("--after", "match_norm", *options).startswith("program (canonical; passes: cleanup,")
+    assert inspect("--diff", "match_norm", *options).startswith("--- after prove_packing")
+    with pytest.raises(TransformError, match="transform 'failing': ArithmeticError: on purpose"):
+        inspect("--after", "match_rope", *options)
+
+
+def test_a_config_alone_will_do(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((Path(DEMO) / "config.json").read_bytes())
+    shown = inspect("--weights", model=str(tmp_path))
+    assert shown == inspect("--weights", "--meta")
+    joined = next(line for line in shown.splitlines() if line.startswith("model.layers.0.mlp.gate_proj_up_proj.weight"))
+    assert joined.endswith(" = cat(model.layers.0.mlp.gate_proj.weight, model.layers.0.mlp.up_proj.weight, dim=0)")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="holds only pickle weights"):
+        inspect(model=str(tmp_path))
+    assert inspect("--weights", "--meta", model=str(tmp_path)) == shown
 
 
 @pytest.mark.parametrize("option", ["--after", "--diff"])

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import autodeploy
-from autodeploy import LLM, ConfigError, EngineDeadError, RequestError, RequestOutput, SamplingParams
+from autodeploy import LLM, CheckpointError, ConfigError, EngineDeadError, RequestError, RequestOutput, SamplingParams
 from tests.models.families import make_model
 
 DEMO = Path(autodeploy.__file__).parent / "demo_model"
@@ -83,9 +83,7 @@ def token_of(llm: LLM, text: str) -> int:
 
 
 def assert_no_pages_held(llm: LLM) -> None:
-    scheduler = llm.compiled.executor.scheduler
-    scheduler.check()
-    assert scheduler.kv.num_free_pages == scheduler.kv.num_usable_pages
+    llm.compiled.executor.scheduler.check()
 
 
 # Prompts
@@ -366,6 +364,13 @@ def test_a_model_in_memory_takes_a_tokenizer_as(kind: str, eager_demo: Any, demo
     tokenizer = {"object": demo.tokenizer, "text path": str(DEMO), "Path": DEMO}[kind]
     with LLM(eager_demo, tokenizer=tokenizer, backend="pytorch") as llm:
         assert llm.generate(QUESTIONS[0]).outputs[0].text == demo.generate(QUESTIONS[0]).outputs[0].text
+
+
+def test_a_folder_without_tokenizer_files_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).symlink_to(DEMO / name)
+    with pytest.raises(CheckpointError, match=r"no usable tokenizer \(its files are missing.*--tokenizer of the command"):
+        LLM(str(tmp_path))
 
 
 def test_a_model_in_memory_without_tokenizer_is_refused_with_the_remedy(eager_demo: Any) -> None:

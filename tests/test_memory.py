@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, BloomConfig, BloomForCausalLM, masking_utils
+from transformers import AttentionInterface, DogeConfig, DogeForCausalLM, masking_utils
 
 import autodeploy
 from autodeploy import CompiledModel, SamplingParams, UnsupportedModelError
@@ -110,7 +110,9 @@ def test_tied_embeddings_stay_one_tensor(model: Any, compiled: CompiledModel) ->
 
 def attempt_unsupported() -> None:
     with pytest.raises(UnsupportedModelError):
-        autodeploy.compile(BloomForCausalLM(BloomConfig(vocab_size=256, hidden_size=64, n_layer=1, n_head=4)))
+        autodeploy.compile(
+            DogeForCausalLM(DogeConfig(vocab_size=256, hidden_size=64, num_hidden_layers=1, num_attention_heads=4))
+        )
 
 
 @pytest.mark.parametrize("attempt", [lambda: None, attempt_unsupported], ids=["success", "failure"])

@@ -5,11 +5,17 @@ from __future__ import annotations
 import re
 import runpy
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from pytest import CaptureFixture, MonkeyPatch
+from torch import Tensor, nn
+from typer.testing import CliRunner
 
 from autodeploy import default_pipeline
+from autodeploy.cli import DEMO_MODEL, app
+from tests.transforms.helpers import apply, toy_program
 
 ROOT = Path(__file__).parents[1]
 TUTORIAL = (ROOT / "docs" / "write-a-pass.md").read_text(encoding="utf-8")
@@ -25,6 +31,27 @@ def test_the_tutorial_runs(tmp_path: Path, monkeypatch: MonkeyPatch, capsys: Cap
     monkeypatch.syspath_prepend(tmp_path)
     runpy.run_path(str(tmp_path / "try_it.py"), run_name="__main__")
     assert "fuse_linear_add" in capsys.readouterr().out
+    check_scaled_sums_are_left_alone()
+
+
+def check_scaled_sums_are_left_alone() -> None:
+    from my_pass import FuseLinearAdd  # pyright: ignore[reportMissingImports]
+
+    def body(toy: Any, x: Tensor, positions: Tensor) -> Tensor:
+        return torch.add(toy.extra["first"](x) + x, toy.extra["second"](x), alpha=0.5)
+
+    program, _ = toy_program(body, **{name: nn.Linear(16, 16, bias=False) for name in ("first", "second")})
+    assert apply(program, FuseLinearAdd()) == [1]
+
+
+def test_the_tutorial_shows_the_program_as_it_is() -> None:
+    """Its excerpt is made of lines of the program, in their order; `...` stands for any number of them."""
+    (shown,) = re.findall(r"```text\n(.*?)```", TUTORIAL, re.DOTALL)
+    done = CliRunner().invoke(app, ["inspect", str(DEMO_MODEL), "--after", "match_mlp"], catch_exceptions=False)
+    lines = iter(done.stdout.splitlines())
+    wanted = [line for line in shown.splitlines() if line.strip() != "..."]
+    assert len(wanted) == 4
+    assert [line for line in wanted if line not in lines] == []
 
 
 def test_the_tutorial_shows_the_example_package() -> None:

@@ -132,6 +132,7 @@ def test_the_pass_is_short() -> None:
         ("autodeploy:__version__", "plugin 'autodeploy:__version__' is a str, not a function from Pipeline to Pipeline"),
         ("builtins:len", "plugin 'builtins:len' failed: TypeError: object of type 'Pipeline' has no len"),
         ("builtins:repr", "plugin 'builtins:repr' returned a str, but it must return the edited Pipeline"),
+        ("builtins:print", "plugin 'builtins:print' returned nothing, but it must return the edited Pipeline"),
     ],
 )
 def test_refusals_name_the_plugin_and_the_reason(name: str, message: str) -> None:
@@ -144,6 +145,11 @@ def test_a_wrong_plugin_is_refused_before_the_model_is_exported(model: Any) -> N
         autodeploy.compile(model, plugins=["other"])
     with pytest.raises(ConfigError, match="plugin 'my_passes' is asked for 2 times"):
         autodeploy.compile(model, plugins=["my_passes", "my_passes"])
+    for wrong in (len, [len]):
+        with pytest.raises(
+            ConfigError, match="plugins are named by text; give a function from Pipeline to Pipeline as pipeline=function"
+        ):
+            autodeploy.compile(model, plugins=wrong)
 
 
 def test_a_broken_package_is_refused_with_the_cause(elsewhere: Path) -> None:
@@ -184,7 +190,8 @@ def test_settings_change_options() -> None:
         ("min_width=1", "'min_width=1' is not of the form pass.option=value"),
         ("fuse_ad_norm.min_width=1", "Did you mean 'fuse_add_norm'"),
         ("fuse_add_norm.min_widht=1", "has no option 'min_widht'. Did you mean 'min_width'"),
-        ("fuse_add_norm.min_width=wide", "pass 'fuse_add_norm': min_width='wide' is a str, but a int is needed"),
+        ("cleanup.name=xx", "pass 'cleanup' has no option 'name'. It has: none"),
+        ("fuse_add_norm.min_width=wide", "pass 'fuse_add_norm': min_width='wide' is a str, but an int is needed"),
     ],
 )
 def test_wrong_settings_are_refused(setting: str, message: str) -> None:
@@ -218,6 +225,20 @@ def test_a_wrong_file_is_refused(text: str, message: str, tmp_path: Path) -> Non
     file.write_text(text)
     with pytest.raises(ConfigError, match=message):
         apply_file(default_pipeline(), file)
+
+
+def test_the_report_takes_plugins_settings_and_a_file_too_and_lists_passes_from_elsewhere(tmp_path: Path) -> None:
+    file, page = tmp_path / "edits.yaml", tmp_path / "report.html"
+    file.write_text("without: [fuse_linears]\n")
+    options = ["--plugin", "my_passes", "--pipeline", str(file), "--set", "fuse_add_norm.min_width=1", "-o", str(page)]
+    done = CliRunner().invoke(app, ["report", str(DEMO_MODEL), *options], catch_exceptions=False)
+    assert done.exit_code == 0
+    text = page.read_text(encoding="utf-8")
+    assert "Passes from elsewhere: <code>fuse_add_norm</code> (my_passes)" in text
+    assert "<code>fuse_linears</code>" not in text
+    with pytest.raises(ConfigError, match="has no option 'min_widht'"):
+        wrong = ["report", str(DEMO_MODEL), "--plugin", "my_passes", "--set", "fuse_add_norm.min_widht=1"]
+        CliRunner().invoke(app, wrong, catch_exceptions=False)
 
 
 def test_the_command_takes_plugins_and_settings() -> None:

@@ -73,9 +73,10 @@ def default(field: Any) -> str:
 
 
 def describe_commands() -> Iterator[str]:
-    for command in app.registered_commands:
+    groups = [(f"{group.name} ", group.typer_instance) for group in app.registered_groups]
+    for prefix, command in ((prefix, command) for prefix, group in [("", app), *groups] for command in group.registered_commands):
         assert command.callback is not None
-        yield f"$ autodeploy {command.name or command.callback.__name__}"
+        yield f"$ autodeploy {prefix}{command.name or command.callback.__name__}"
         hints = get_type_hints(command.callback, include_extras=True)
         for parameter in inspect.signature(command.callback).parameters.values():
             kind, info = get_args(hints[parameter.name])

@@ -12,14 +12,18 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, ExportedProgram
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_unbacked_symbols
 from torch.fx.graph import CodeGen
 
+from autodeploy.capture.functional import functionalize, mutates
 from autodeploy.capture.masks import prove_masks
+from autodeploy.capture.match_attention import match_attention
 from autodeploy.capture.patches import CaptureState, applied, rope_thresholds, rotary_kinds, where_defined
 from autodeploy.errors import UnsupportedModelError
 from autodeploy.program import Program
 from autodeploy.specs import INPUTS
+from autodeploy.transforms.prove_packing import source_of
+from autodeploy.transforms.rewrite import erase_unused
 from autodeploy.weights import Initial, Recipe, Take, WeightPlan
 
 EXAMPLE_TOKENS = 19
@@ -46,8 +50,9 @@ class _Logits(nn.Module):
         for tensor in tensors[1:]:
             torch._check(tensor.shape[1] == tensors[0].shape[1])  # one symbol for all
         values = dict(zip(self.inputs, tensors, strict=True))
-        self.state.rope_len = values.get("rope_len")
-        return self.model(**{name: values[name] for name in self.passed}, use_cache=False).logits
+        self.state.rope_len, self.state.position_ids = values.get("rope_len"), values["position_ids"]
+        passed = [name for name in self.passed if name == "input_ids" or not self.state.counts_itself]
+        return self.model(**{name: values[name] for name in passed}, use_cache=False).logits
 
 
 def capture(skeleton: nn.Module, initial: Mapping[str, Tensor]) -> Captured:
@@ -65,6 +70,7 @@ def capture(skeleton: nn.Module, initial: Mapping[str, Tensor]) -> Captured:
         inputs = ["input_ids", "position_ids", *(["rope_len"] if any(rotary_kinds(skeleton)) else [])]
         exported = _export(skeleton, state, inputs, mode)
     program = _to_program(exported, inputs, names, skeleton, initial)
+    match_attention(program, initial)
     prove_masks(program, state.masks, skeleton)
     program.rope_thresholds = rope_thresholds(skeleton)
     return Captured(program, initial)
@@ -99,21 +105,13 @@ def _export(skeleton: nn.Module, state: CaptureState, inputs: list[str], mode: F
         raise
     except Exception as error:
         raise UnsupportedModelError(f"it cannot be traced: {_first_line(error)}", source=_blame(error, skeleton)) from error
-    if any(_mutates(node) for node in exported.graph.nodes):
-        exported = exported.run_decompositions({})  # functional form; other ops stay what they are
-    for symbol, bounds in exported.range_constraints.items():
-        if bounds.lower > 2:
-            reason = f"its graph is only right for at least {bounds.lower} tokens (symbol {symbol})"
+    longest = getattr(skeleton.config, "max_position_embeddings", None) or 0
+    for symbol, bounds in exported.range_constraints.items():  # a table of positions may end where the model does
+        if bounds.lower > 2 or bounds.upper < longest:
+            limit = f"at least {bounds.lower}" if bounds.lower > 2 else f"at most {bounds.upper}"
+            reason = f"its graph is only right for {limit} tokens (symbol {symbol}); its code is another for other rows"
             raise UnsupportedModelError(reason, source=where_defined(skeleton))
     return exported
-
-
-def _mutates(node: fx.Node) -> bool:
-    """Writes into a tensor (`detach_` of a constant does not)."""
-    target = node.target
-    return (
-        isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable and target is not torch.ops.aten.detach_.default
-    )
 
 
 def _first_line(error: Exception) -> str:
@@ -133,6 +131,9 @@ def _to_program(
 ) -> Program:
     """Flat placeholders and one logits output; `get_attr` by the model's own names; constants become initial values."""
     module: Any = exported.module(check_guards=False)
+    if not functionalize(module.graph):
+        module = exported.run_decompositions({}).module(check_guards=False)  # functional form; other ops stay what they are
+        _refuse_writes(module.graph)
     graph: fx.Graph = module.graph
     graph.set_codegen(CodeGen())
     tensors: dict[str, Any] = {}
@@ -154,13 +155,34 @@ def _to_program(
         node.target = name
         recipes[name] = Take(name) if name in persistent else Initial(name)
         tensors[name] = nn.Parameter(torch.empty_like(attribute, device="meta"), requires_grad=False)
-    for node in graph.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default):
-        graph.erase_node(node)
+    _drop_assertions(graph)
     output = graph.output_node()
     output.args = (output.args[0][0],)  # pyright: ignore
     program = Program(fx.GraphModule(tensors, graph), {name: INPUTS[name] for name in inputs}, {}, WeightPlan(recipes))
     program.check()
     return program
+
+
+def _refuse_writes(graph: fx.Graph) -> None:
+    """What still writes writes into the model's own tensors."""
+    for node in graph.nodes:
+        if mutates(node):
+            what = node.args[0].target if node.args and isinstance(node.args[0], fx.Node) else node.target
+            where = next((user for user in (node, *node.all_input_nodes[1:]) if user.meta.get("stack_trace")), node)
+            raise UnsupportedModelError(f"it writes into its own tensor '{what}', which requests would share", **source_of(where))
+
+
+def _drop_assertions(graph: fx.Graph) -> None:
+    """Checks that tracing leaves behind, and what only they read. Refuses sizes that data decides, which are checked too."""
+    for node in graph.nodes:
+        if node.op == "call_function" and free_unbacked_symbols(node.meta.get("val")):
+            raise UnsupportedModelError(
+                "a size, or a number it computes with, is read from the values of a tensor", **source_of(node)
+            )
+    for target in (torch.ops.aten._assert_tensor_metadata.default, torch.ops.aten._assert_scalar.default):
+        for node in graph.find_nodes(op="call_function", target=target):
+            graph.erase_node(node)
+            erase_unused(*node.all_input_nodes)
 
 
 def _resolve(module: Any, target: str) -> Any:

@@ -11,34 +11,19 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from autodeploy.capture.checkpoint import CheckpointSource, checkpoint_dtype, checkpoint_recipes
-from autodeploy.capture.skeleton import build_skeleton, cast_floats, read_config, read_json, skeleton_of
+from autodeploy.capture.checkpoint import checkpoint_dtype, checkpoint_recipes
+from autodeploy.capture.recurrent_layers import weights_still_to_scale
+from autodeploy.capture.skeleton import build_skeleton, cast_floats, read_config, skeleton_of
+from autodeploy.checkpoint import CheckpointSource, read_json
+from autodeploy.specs import ModelFacts
 from autodeploy.weights import Cast, LiveSource, Recipe, Take
-
-
-@dataclass(frozen=True)
-class ModelFacts:
-    """What serving needs to know of a model beside its program."""
-
-    config: Any
-    eos_token_ids: frozenset[int]
-    max_seq_len: int
-    vocab_size: int
-
-    @classmethod
-    def of(cls, config: Any, generation: Any) -> ModelFacts:
-        """From a model's config and its generation config, which may be None."""
-        text = config.get_text_config()
-        eos = getattr(generation, "eos_token_id", None)
-        eos = text.eos_token_id if eos is None else eos
-        ids = frozenset() if eos is None else frozenset(eos if isinstance(eos, list) else [eos])
-        return cls(config, ids, getattr(text, "max_position_embeddings", None) or 2048, text.vocab_size)
 
 
 @dataclass(frozen=True)
 class Origin:
     """A model before capture."""
 
+    config: Any
     skeleton: Any
     recipes: Mapping[str, Recipe]
     """Tensor of the skeleton, by name -> recipe over the source."""
@@ -57,6 +42,16 @@ def origin_of(model: Any, dtype: str, ignore_unexpected: bool) -> Origin:
     return _in_memory(model, dtype) if isinstance(model, nn.Module) else _in_folder(Path(model), dtype, ignore_unexpected)
 
 
+def origin_of_config(folder: Path, dtype: str) -> Origin:
+    """From config.json alone: a model whose weights are known by its own names, and cannot be loaded."""
+    config = read_config(folder)
+    stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+    skeleton: Any = build_skeleton(config, stored if dtype == "auto" else getattr(torch, dtype))
+    recipes = {name: Take(name) for name in skeleton.state_dict()}
+    facts = ModelFacts.of(config, _generation_config(folder))
+    return Origin(config, skeleton, recipes, dict(skeleton.named_buffers()), LiveSource({}), facts)
+
+
 def _in_memory(model: Any, dtype: str) -> Origin:
     skeleton: Any = skeleton_of(model)
     stored = {name: tensor.dtype for name, tensor in skeleton.state_dict().items()}
@@ -64,8 +59,9 @@ def _in_memory(model: Any, dtype: str) -> Origin:
         cast_floats(skeleton, getattr(torch, dtype))
     recipes = {name: _cast(Take(name), stored[name], tensor.dtype) for name, tensor in skeleton.state_dict().items()}
     tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    tensors |= weights_still_to_scale(model)
     facts = ModelFacts.of(model.config, getattr(model, "generation_config", None))
-    return Origin(skeleton, recipes, dict(model.named_buffers()), LiveSource(tensors), facts)
+    return Origin(model.config, skeleton, recipes, dict(model.named_buffers()), LiveSource(tensors), facts)
 
 
 def _in_folder(folder: Path, dtype: str, ignore_unexpected: bool) -> Origin:
@@ -77,7 +73,7 @@ def _in_folder(folder: Path, dtype: str, ignore_unexpected: bool) -> Origin:
         for name, recipe in checkpoint_recipes(skeleton, source, ignore_unexpected).items()
     }
     facts = ModelFacts.of(config, _generation_config(folder))
-    return Origin(skeleton, recipes, dict(skeleton.named_buffers()), source, facts)
+    return Origin(config, skeleton, recipes, dict(skeleton.named_buffers()), source, facts)
 
 
 def _cast(recipe: Recipe, stored: torch.dtype | None, wanted: torch.dtype) -> Recipe:

@@ -5,38 +5,47 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, masking_utils
+from transformers import AttentionInterface
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.utils import logging
 
 from autodeploy import custom_ops as ops
+from autodeploy.capture.experts import route_experts
+from autodeploy.capture.mask_tags import MaskTag, count_chunks_from_zero, no_packing_by_positions, tag_masks
+from autodeploy.capture.other_experts import (
+    ATTENTION_EXPERTS,
+    FLAT_WEIGHTS,
+    IDENTITY_EXPERTS,
+    INPUT_WEIGHTED,
+    replace_methods,
+)
+from autodeploy.capture.positions import count_by_position_ids
+from autodeploy.capture.recurrent import route_recurrent
+from autodeploy.capture.recurrent_layers import scale_outputs, scan_lightning
+from autodeploy.capture.registry import IMPLEMENTATION, registered, where_defined
 from autodeploy.errors import UnsupportedModelError
 
-IMPLEMENTATION = "autodeploy"
-"""Name under which attention and its masks are registered with transformers."""
-
-NEUTRAL_KWARGS = {"position_ids", "use_cache", "output_attentions", "output_router_logits", "is_causal", "dropout", "layer_idx"}
+NEUTRAL_KWARGS = {
+    "position_ids",
+    "use_cache",
+    "output_attentions",
+    "output_router_logits",
+    "logits_to_keep",
+    "is_causal",
+    "dropout",
+    "layer_idx",
+}
 """Keyword arguments of an attention call that do not change what it computes (is_causal is checked)."""
 
 
 _TRACING = threading.Lock()
-
-
-@dataclass(eq=False)
-class MaskTag:
-    """Stands for an attention mask while tracing: which rule it follows, never a tensor. Slicing it changes nothing."""
-
-    index: int
-    rule: Callable[..., Any]
-
-    def __getitem__(self, _: Any) -> MaskTag:
-        return self
 
 
 @dataclass
@@ -45,6 +54,9 @@ class CaptureState:
 
     masks: list[MaskTag] = field(default_factory=list)
     rope_len: Tensor | None = None
+    position_ids: Tensor | None = None
+    counts_itself: bool = False
+    """The model makes positions of its own from `position_ids` above; those it is passed would mean something else to it."""
 
 
 @dataclass(frozen=True)
@@ -64,12 +76,6 @@ def applied(model: nn.Module, state: CaptureState) -> Iterator[None]:
             if (context := patch.apply(model, state)) is not None:
                 stack.enter_context(context)
         yield
-
-
-def where_defined(module: nn.Module) -> str:
-    """module.path:line of the code that a module's forward runs."""
-    forward = inspect.unwrap(type(module).forward)
-    return f"{type(module).__module__}.{type(module).__name__}, line {forward.__code__.co_firstlineno}"
 
 
 def _attention_call(
@@ -101,38 +107,13 @@ def _attention_call(
 
 
 @contextmanager
-def _registered(interface: Any, function: Callable[..., Any]) -> Iterator[None]:
-    """One of transformers' registries holds the function under our name inside."""
-    interface.register(IMPLEMENTATION, function)
-    try:
-        yield
-    finally:
-        del interface._global_mapping[IMPLEMENTATION]
-
-
-@contextmanager
 def _route_attention(model: Any, state: CaptureState) -> Iterator[None]:
-    with _registered(AttentionInterface, _attention_call):
+    with registered(AttentionInterface, _attention_call):
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()  # models with attention code of their own warn that they keep it; match_attention reads it
         model.set_attn_implementation(IMPLEMENTATION)
+        logging.set_verbosity(verbosity)
         yield
-
-
-def _tag_masks(model: nn.Module, state: CaptureState) -> AbstractContextManager[None]:
-    def tag(*_: Any, mask_function: Callable[..., Any], **__: Any) -> MaskTag:
-        state.masks.append(MaskTag(len(state.masks), mask_function))
-        return state.masks[-1]
-
-    return _registered(masking_utils.AttentionMaskInterface, tag)
-
-
-@contextmanager
-def _no_packing_by_positions(model: nn.Module, state: CaptureState) -> Iterator[None]:
-    original = masking_utils.find_packed_sequence_indices
-    masking_utils.find_packed_sequence_indices = lambda position_ids: None
-    try:
-        yield
-    finally:
-        masking_utils.find_packed_sequence_indices = original
 
 
 def rotary_kinds(model: nn.Module) -> Iterator[tuple[nn.Module, str | None, str]]:
@@ -229,9 +210,25 @@ PATCHES = (
     ExportPatch(
         "attention", "each attention call becomes one op with scale, window, softcap and sinks as arguments", _route_attention
     ),
-    ExportPatch("masks", "masks stay rules, evaluated and proved causal or windowed after tracing; no mask subgraph", _tag_masks),
     ExportPatch(
-        "packing", "transformers would guess packed rows from position_ids; the paged ops know them", _no_packing_by_positions
+        "experts", "each expert layer becomes one op; stock code groups tokens by expert, which has no fixed shape", route_experts
     ),
+    ExportPatch("input-weighted experts", "stock code runs all experts on all tokens", replace_methods(*INPUT_WEIGHTED)),
+    ExportPatch("flat experts", "stock code loops over the experts that were hit", replace_methods(*FLAT_WEIGHTS)),
+    ExportPatch("identity experts", "stock code loops over the experts that were hit", replace_methods(*IDENTITY_EXPERTS)),
+    ExportPatch("attention experts", "stock code sorts the tokens of a row by expert", replace_methods(*ATTENTION_EXPERTS)),
+    ExportPatch("masks", "masks stay rules, evaluated and proved causal or windowed after tracing; no mask subgraph", tag_masks),
+    ExportPatch(
+        "chunks", "the stock rule counts chunks from traced padding, which does not outlive tracing", count_chunks_from_zero
+    ),
+    ExportPatch(
+        "packing", "transformers would guess packed rows from position_ids; the paged ops know them", no_packing_by_positions
+    ),
+    ExportPatch(
+        "positions", "stock code counts the tokens of the row; position_ids counts those of a request", count_by_position_ids
+    ),
+    ExportPatch("recurrent", "the functions families share for scans become ops; stock code loops over tokens", route_recurrent),
+    ExportPatch("lightning", "stock code loops over blocks of tokens, so the graph would know the length", scan_lightning),
+    ExportPatch("rescaling", "RWKV divides its weights in place when it first runs; the graph divides outputs", scale_outputs),
     ExportPatch("rope by length", "stock code branches on max(position_ids), which mixes requests in one row", _rope_by_length),
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from autodeploy.checkpoint import raw_config
 from autodeploy.errors import CheckpointError, UnsupportedModelError, did_you_mean
 
 
@@ -27,12 +27,7 @@ def skeleton_of(model: nn.Module) -> nn.Module:
 
 def read_config(folder: Path) -> PreTrainedConfig:
     """The folder's config, of a class in transformers. Remote code is never run."""
-    if not folder.is_dir():
-        near = did_you_mean(folder.name, [path.name for path in folder.parent.glob("*/")])
-        raise CheckpointError(f"{folder} is not a folder.{near} Give the path of a folder written by save_pretrained.")
-    if not (folder / "config.json").exists():
-        raise CheckpointError(f"{folder} has no config.json. Give the path of a folder written by save_pretrained.")
-    raw = read_json(folder / "config.json")
+    raw = raw_config(folder)
     model_type = raw.get("model_type")
     if model_type not in CONFIG_MAPPING:
         remote = " Its auto_map asks for code of its own, which is never run." if "auto_map" in raw else ""
@@ -73,13 +68,3 @@ def cast_floats(model: Any, dtype: torch.dtype) -> None:
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(torch.float32 if kept & set(name.split(".")) else dtype)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}). Download it again.") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds a JSON {type(value).__name__} in place of an object. Download it again.")
-    return value

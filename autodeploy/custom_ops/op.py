@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from traceback import walk_tb
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx.node import has_side_effect
+
+from autodeploy.errors import TransformError
 
 LIBRARY = torch.library.Library("autodeploy", "DEF")
 SEMANTIC_OPS: dict[Any, SemanticOp] = {}
@@ -26,6 +30,9 @@ class Provider:
     name: str
     function: Callable[..., Any]
     supports: Callable[..., list[str]] = field(default=lambda *_, **__: [])
+    packs: Mapping[str, Callable[[Tensor, Mapping[str, Any]], Any]] = field(default_factory=dict)
+    """Arguments that must be parameters, and what lays each out once, while loading: (parameter, the call's arguments by name)
+    -> what `function` is given in its place."""
 
 
 @dataclass(eq=False)
@@ -48,19 +55,58 @@ class SemanticOp:
         self.providers.insert(0, provider)
         PROVIDED[provider.function] = self, provider
 
-    def choose(self, target: Any, *args: Any, **kwargs: Any) -> tuple[Provider, dict[str, list[str]]]:
-        """The first provider with nothing against it, and the reasons against those before it."""
+    def choose(
+        self, target: Any, *args: Any, parameters: Collection[str] = (), **kwargs: Any
+    ) -> tuple[Provider, dict[str, list[str]]]:
+        """The first provider with nothing against it, and the reasons against those before it.
+
+        parameters: names of the arguments that are parameters as they are, and so can be packed.
+        """
         against: dict[str, list[str]] = {}
         for provider in self.providers:
-            if not (reasons := provider.supports(target, *args, **kwargs)):
+            reasons = [
+                f"its {name} is computed in the graph, or read as it is elsewhere"
+                for name in provider.packs
+                if name not in parameters
+            ]
+            if not (reasons := reasons or self.reasons_against(provider, target, *args, **kwargs)):
                 return provider, against
             against[provider.name] = reasons
         raise AssertionError(f"the reference of {self.name} supports everything")
+
+    def reasons_against(self, provider: Provider, target: Any, *args: Any, **kwargs: Any) -> list[str]:
+        """What speaks against the call; an error in `supports` is the provider's, not that of the pass that asks."""
+        blamed = f"provider '{provider.name}' of op {self.name}: supports()"
+        try:
+            reasons: Any = provider.supports(target, *args, **kwargs)
+        except Exception as error:
+            first = (str(error).splitlines() or ["no reason given"])[0]
+            raise TransformError(f"{blamed} raised {type(error).__name__}: {first}") from error
+        if not isinstance(reasons, list | tuple):
+            raise TransformError(f"{blamed} returned {reasons!r}; it must return the list of reasons against, empty for none")
+        return list(reasons)
+
+
+def provider_at_work(error: BaseException) -> str:
+    """Which provider raised an error, as the start of a message; empty when none did."""
+    codes = {getattr(function, "__code__", None): found for function, found in PROVIDED.items()}
+    frames = [frame.f_code for frame, _ in walk_tb(error.__traceback__)]
+    for op, provider in (codes[code] for code in reversed(frames) if code in codes):
+        return f"provider '{provider.name}' of op {op.name}: "
+    return ""
 
 
 def symbolic(target: Any) -> Any:
     """What to call on fake tensors in place of a graph's call target: an op's shape rule instead of a provider's code."""
     return PROVIDED[target][0].overload if target in PROVIDED else target
+
+
+def adopted_op(overload: Any, reference: Callable[..., Any]) -> SemanticOp:
+    """An aten op for which providers can be registered; graphs call it as ever until one is chosen."""
+    op = SemanticOp(reference.__name__, reference, overload, (), [])
+    op.register(Provider("reference", reference))
+    SEMANTIC_OPS[overload] = op
+    return op
 
 
 def semantic_op(*, mutates: Sequence[str] = (), fake: Callable[..., Any] | None = None) -> Callable[..., SemanticOp]:

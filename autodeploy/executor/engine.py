@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from autodeploy.custom_ops import provider_at_work
 from autodeploy.errors import EngineDeadError, ExecutionError, RequestError
 from autodeploy.executor.batch import BatchBuilder, WantedRows
 from autodeploy.executor.model_runner import Runner
@@ -48,6 +49,10 @@ class ADExecutor:
         """End a request; nothing happens when it is unknown or has ended."""
         with suppress(EngineDeadError):  # then it has ended
             self._send(lambda: self._abort(request_id))
+
+    def preempt(self, request_id: int) -> None:
+        """Have a running request give back all that it holds, to be computed again; nothing happens when it does not run."""
+        self._send(lambda: self._preempt(request_id))
 
     def shutdown(self) -> None:
         """End the loop; requests under way end with finish_reason abort. No harm when called again."""
@@ -120,22 +125,15 @@ class ADExecutor:
             handle.publish()
 
     def _isolate(self, batch: ScheduledBatch, error: Exception) -> None:
-        """A forward raised: run its requests one by one, and end only those that fail alone."""
-        for entry in batch.requests:
-            alone = ScheduledBatch([entry])
-            metadata, rows = self.batches.build(alone)
-            try:
-                if len(batch.requests) == 1:
-                    raise error
-                logits = self.runner.forward(metadata, rows)
-            except Exception as cause:
-                failed = ExecutionError(
-                    f"request {entry.request.request_id}: its forward failed: {type(cause).__name__}: {cause}"
-                )
-                failed.__cause__ = cause
-                self._finish(entry.request, FinishReason.ERROR, failed)
-            else:
-                self._finish_step(alone, rows, logits)
+        """A forward raised: its only request has failed, or each of its requests runs alone for a while."""
+        if len(batch.requests) > 1:
+            self.scheduler.suspect(batch)
+            return
+        request = batch.requests[0].request
+        reason = f"{provider_at_work(error)}{type(error).__name__}: {error}"
+        failed = ExecutionError(f"request {request.request_id}: its forward failed: {reason}")
+        failed.__cause__ = error
+        self._finish(request, FinishReason.ERROR, failed)
 
     def _keep_context_logits(self, rows: list[WantedRows], logits: Tensor) -> None:
         for row in rows:
@@ -153,6 +151,9 @@ class ADExecutor:
             self.scheduler.add(request)
         except RequestError as error:
             self._finish(request, FinishReason.ERROR, error)
+
+    def _preempt(self, request_id: int) -> None:
+        self.num_preemptions += self.scheduler.preempt(request_id)
 
     def _abort(self, request_id: int) -> None:
         if (handle := self._handles.get(request_id)) is not None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 
+from autodeploy.custom_ops.attention_backend import backend_named
 from autodeploy.executor.batch import WantedRows
+from autodeploy.executor.packing import parameter_uses, read_packed, release_freed_memory
 from autodeploy.executor.request import Request
 from autodeploy.program import Program
 from autodeploy.specs import BatchMetadata
@@ -24,8 +26,8 @@ class Runner(Protocol):
     can_chunk: bool
     """Whether a prompt may be computed in several steps."""
 
-    def allocate(self, num_pages: int, page_size: int) -> None:
-        """Make the KV pool."""
+    def allocate(self, num_units: Mapping[str, int], page_size: int) -> None:
+        """Make the caches: pages (or slots) of each pool, by its name."""
         ...
 
     def forward(self, batch: BatchMetadata, rows: list[WantedRows]) -> Tensor:
@@ -47,26 +49,30 @@ class ModelRunner:
     ) -> None:
         self.program, self.device, self.rope_thresholds = program, device, program.rope_thresholds
         tensors: dict[str, Tensor] = {}
+        uses = parameter_uses(program)
         for name, tensor in materialize(program.weights, source, device):
             planned = program.parameter(name)
             assert (tensor.shape, tensor.dtype) == (planned.shape, planned.dtype), (
                 f"{name}: {program.weights[name]} gives {tensor.shape}"
             )
-            tensors[name] = tensor
+            uses[name].store(tensors, name, tensor)
             on_parameter(name)
-        self.weight_bytes = sum(tensor.nbytes for tensor in tensors.values())
+        release_freed_memory()
         self.module = _executable(program, tensors, device)
+        self.backends = [backend_named(choice.provider) for choice in program.providers.get("attention", ())]
         self.caches: list[Tensor] = []
 
-    def allocate(self, num_pages: int, page_size: int) -> None:
-        """The KV pool. Its memory becomes resident as pages are first written."""
+    def allocate(self, num_units: Mapping[str, int], page_size: int) -> None:
+        """The caches. Their memory becomes resident as pages are first written."""
         self.caches = [
-            torch.empty(spec.shape(num_pages, page_size), dtype=getattr(torch, spec.dtype), device=self.device)
+            torch.empty(spec.shape(num_units[spec.pool], page_size), dtype=getattr(torch, spec.dtype), device=self.device)
             for spec in self.program.caches.values()
         ]
 
     @torch.inference_mode()
     def forward(self, batch: BatchMetadata, rows: list[WantedRows]) -> Tensor:
+        for backend in self.backends:
+            backend.plan(batch)
         inputs = [torch.from_numpy(batch[name]).to(self.device) for name in self.program.inputs]
         return self.module(*inputs, *self.caches)[0]
 
@@ -82,6 +88,7 @@ def _executable(program: Program, tensors: dict[str, Tensor], device: str) -> nn
         node.args, node.kwargs = map_aggregate(
             (node.args, node.kwargs), lambda value: torch.device(device) if isinstance(value, torch.device) else value
         )
+    read_packed(graph)
     return fx.GraphModule(dict[str, Any](tensors), graph)
 
 
@@ -94,7 +101,7 @@ class EagerRunner:
         self.model, self.rope_thresholds = model, rope_thresholds
         self._caches: dict[int, Any] = {}
 
-    def allocate(self, num_pages: int, page_size: int) -> None:
+    def allocate(self, num_units: Mapping[str, int], page_size: int) -> None:
         """Nothing to make: the caches grow with the requests, and the pages are only counted."""
 
     @torch.inference_mode()

@@ -64,6 +64,8 @@ class Request:
     num_computed_tokens: int = field(init=False, default=0)
     num_preemptions: int = field(init=False, default=0)
     rope_base: int = field(init=False)
+    suspect_until: int = field(init=False, default=0)
+    """After a failed forward pass of several requests: this one runs alone until so many of its tokens are computed."""
     status: RequestStatus = field(init=False, default=RequestStatus.WAITING)
     finish_reason: FinishReason | None = field(init=False, default=None)
     stop_reason: int | str | None = field(init=False, default=None)
@@ -91,6 +93,10 @@ class Request:
     def is_prefill(self) -> bool:
         """Whether more than the newest token is to be computed, or nothing is computed yet."""
         return self.num_computed_tokens == 0 or self.num_uncomputed > 1
+
+    @property
+    def is_suspect(self) -> bool:
+        return self.suspect_until > 0
 
     @property
     def is_finished(self) -> bool:

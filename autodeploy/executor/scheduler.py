@@ -8,7 +8,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 
 from autodeploy.errors import RequestError
-from autodeploy.executor.kv_cache import KVCacheManager
+from autodeploy.executor.kv_cache import ResourceManager
 from autodeploy.executor.request import FinishReason, Request, RequestStatus
 
 
@@ -54,7 +54,7 @@ class CapacityScheduler:
     that needs a page and finds none takes those of the request that started last, which is computed again later.
     """
 
-    def __init__(self, kv: KVCacheManager, max_batch_size: int, rope_thresholds: tuple[int, ...] = ()) -> None:
+    def __init__(self, kv: ResourceManager, max_batch_size: int, rope_thresholds: tuple[int, ...] = ()) -> None:
         self.kv = kv
         self.max_batch_size = max_batch_size
         self.rope_thresholds = rope_thresholds
@@ -74,33 +74,36 @@ class CapacityScheduler:
     def _grow(self, request: Request, preempted: list[Request]) -> None:
         self._restart_rope_if_crossed(request)
         while request.request_id in self.running and not self.kv.prepare(request, request.num_uncomputed):
-            preempted.append(self._preempt_last())
+            last = next(reversed(self.running.values()))
+            self.preempt(last)
+            preempted.append(last)
 
     def _admit(self) -> None:
         while self.waiting and len(self.running) < self.max_batch_size:
             request = next(iter(self.waiting.values()))
             self._restart_rope_if_crossed(request)
             if not self.kv.prepare(request, request.num_uncomputed):
+                self.kv.free(request)
                 return
             del self.waiting[request.request_id]
             self.running[request.request_id] = request
             request.status = RequestStatus.RUNNING
 
-    def _preempt_last(self) -> Request:
-        """Put the request that started last back to the front of the queue, to be computed again."""
-        request_id, request = self.running.popitem()
+    def preempt(self, request: Request) -> None:
+        """Put a running request back to the front of the queue, to be computed again."""
+        del self.running[request.request_id]
         self.kv.free(request)
         request.num_computed_tokens = 0
         request.num_preemptions += 1
         request.status = RequestStatus.WAITING
-        self.waiting[request_id] = request
-        self.waiting.move_to_end(request_id, last=False)
-        return request
+        self.waiting[request.request_id] = request
+        self.waiting.move_to_end(request.request_id, last=False)
 
     def _restart_rope_if_crossed(self, request: Request) -> None:
-        """Have the request computed anew, in the pages it has, when its length first exceeds a rope threshold."""
+        """Have the request computed anew when its length first exceeds a rope threshold."""
         if any(request.rope_base <= threshold < request.num_tokens for threshold in self.rope_thresholds):
             request.restart_rope()
+            self.kv.free(request)
 
 
 class MicroBatchScheduler:
@@ -137,7 +140,7 @@ class Scheduler:
 
     def __init__(
         self,
-        kv: KVCacheManager,
+        kv: ResourceManager,
         max_batch_size: int,
         max_num_tokens: int,
         max_seq_len: int,
@@ -171,14 +174,35 @@ class Scheduler:
     def schedule(self) -> ScheduledBatch:
         """Choose the next step. The batch is empty only when no request is left."""
         preempted = self._capacity.schedule()
-        entries = self._micro_batch.schedule(list(self._capacity.running.values()))
-        return ScheduledBatch(entries, preempted)
+        running = list(self._capacity.running.values())
+        suspects = [request for request in running if request.is_suspect][:1]
+        return ScheduledBatch(self._micro_batch.schedule(suspects or running), preempted)
+
+    def preempt(self, request_id: int) -> bool:
+        """Have a running request give back all that it holds, to be computed again; False when it does not run."""
+        if (request := self._capacity.running.get(request_id)) is None:
+            return False
+        self._capacity.preempt(request)
+        return True
+
+    def suspect(self, batch: ScheduledBatch) -> None:
+        """The forward pass of `batch` failed: until one of its requests is found guilty or has got past it, it runs alone.
+
+        They start anew, since a recurrent state may have been written already.
+        """
+        stops = {entry.request.request_id: entry.stop for entry in batch.requests}
+        for request in reversed(list(self._capacity.running.values())):
+            if request.request_id in stops:
+                request.suspect_until = stops[request.request_id]
+                self._capacity.preempt(request)
 
     def finish_step(self, batch: ScheduledBatch) -> None:
         """Record that the forward pass of `batch` succeeded; requests that ended meanwhile are passed over."""
         for entry in batch.requests:
             if entry.request.status is RequestStatus.RUNNING:
                 entry.request.num_computed_tokens = entry.stop
+                if entry.stop >= entry.request.suspect_until:
+                    entry.request.suspect_until = 0
                 self.kv.update(entry.request)
 
     def finish(
@@ -209,15 +233,7 @@ class Scheduler:
         assert len(running) <= self._capacity.max_batch_size, f"{len(running)} run, {self._capacity.max_batch_size} may"
         assert all(request.status is RequestStatus.WAITING and request.num_computed_tokens == 0 for request in waiting.values())
         assert all(request.status is RequestStatus.RUNNING for request in running.values())
-        for request in waiting.values():
-            assert not self.kv.page_table(request.request_id), f"waiting request {request.request_id} holds pages"
-        for request in running.values():
-            num_slots = len(self.kv.page_table(request.request_id)) * self.kv.page_size
-            assert num_slots >= request.num_computed_tokens, f"{request.num_computed_tokens} tokens in {num_slots} slots"
-        num_held = sum(len(self.kv.page_table(request_id)) for request_id in running)
-        num_owned = self.kv.num_usable_pages - self.kv.num_free_pages
-        assert num_held == num_owned, f"running requests hold {num_held} pages, but {num_owned} are taken"
-        self.kv.check()
+        self.kv.audit(running.values())
 
     def _find(self, request_id: int) -> Request | None:
         return self._capacity.running.get(request_id) or self._capacity.waiting.get(request_id)
@@ -235,6 +251,5 @@ class Scheduler:
         if not self.kv.fits(num_cached):
             raise RequestError(
                 f"The request needs KV pages for {num_cached} tokens ({num_prompt} of the prompt), but the whole pool holds "
-                f"{self.kv.num_usable_pages * self.kv.page_size}. Shorten the prompt, lower max_tokens or enlarge the pool "
-                "with kv_cache_config."
+                f"{self.kv.num_tokens}. Shorten the prompt, lower max_tokens or enlarge the pool with kv_cache_config."
             )

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from autodeploy.program import PassRecord, Program
+from autodeploy.program import Choice, PassRecord, Program
 from autodeploy.report.drawing import draw, legend
 from autodeploy.report.layer import LayerView, semantic_name, view_layer
 from autodeploy.report.markup import TIMES, Html, join, num_bytes, signed, table, tag
 from autodeploy.report.style import stylesheet
+from autodeploy.report.tables import twin_text
 from autodeploy.report.texts import EXPORT
 from autodeploy.report.timeline import Timeline
-from autodeploy.specs import CacheSpec, SlidingWindowKV
+from autodeploy.specs import STATES, CacheSpec, SlidingWindowKV, bytes_per_token, window_of_pool
 
 
 class Before:
@@ -33,17 +34,32 @@ class Settings:
     """What the memory plan is made for."""
 
     page_size: int
-    pool_tokens: int
+    pools: Mapping[str, int]
+    """Pages (or state slots) of each pool, the scratch one included."""
     max_batch_size: int
     max_num_tokens: int
     max_seq_len: int
 
 
-def page(title: str, program: Program, before: Before, timeline: Timeline, settings: Settings, footer: str = "") -> str:
-    """The whole page."""
+def page(
+    title: str,
+    program: Program,
+    before: Before,
+    timeline: Timeline,
+    settings: Settings,
+    footer: str = "",
+    foreign: Sequence[tuple[str, str]] = (),
+) -> str:
+    """The whole page. foreign: the passes that are not autodeploy's own, each with its module."""
     body = [
         _header(title, program, before, timeline, settings),
-        _section("Pipeline", "What each pass did, in order; ops are counted before and after it.", _passes(program)),
+        _section(
+            "Pipeline",
+            "What each pass did, in order; ops are counted before and after it.",
+            _passes(program),
+            _twin(program),
+            _foreign(foreign),
+        ),
         _layers(program, before),
         _section(
             "Kernels", "The implementation chosen for each semantic op, and what spoke against the others.", _kernels(program)
@@ -57,7 +73,7 @@ def page(title: str, program: Program, before: Before, timeline: Timeline, setti
         tag(
             "div",
             _section("Memory plan", "Weights and the KV pool, for the settings below.", _memory(program, settings)),
-            _section("Start-up", "Phases and passes, one after the other.", _timeline(program, timeline)),
+            _section("Start-up", "Phases and passes, one after the other.", _timeline(program, timeline), _notes(timeline)),
             class_="pair",
         ),
         tag("footer", footer),
@@ -77,7 +93,7 @@ def _header(title: str, program: Program, before: Before, timeline: Timeline, se
         (join([change, ops]), "ops in the graph"),
         (sum(record.rewrites for record in program.history), f"rewrites by {len(program.history)} passes"),
         (num_bytes(_weight_bytes(program)), f"weights, {len(program.weights)} parameters"),
-        (num_bytes(_bytes_per_token(program, settings.page_size)), "of cache per token"),
+        (num_bytes(bytes_per_token(program.caches.values())), "of cache per token"),
         (f"{sum(timeline.seconds.values()):.1f} s", "start-up"),
     ]
     shown = (tag("div", tag("b", value), tag("span", text), class_="tile") for value, text in tiles)
@@ -111,6 +127,16 @@ def _delta(record: PassRecord) -> Html:
     )
 
 
+def _twin(program: Program) -> Html:
+    text = twin_text(program)
+    return tag("p", f"{text[0].upper()}{text[1:]}.", class_="below") if text else Html()
+
+
+def _foreign(passes: Sequence[tuple[str, str]]) -> Html:
+    named = join((join([tag("code", name), f" ({module})"]) for name, module in passes), ", ")
+    return tag("p", "Passes from elsewhere: ", named, class_="below") if passes else Html()
+
+
 def _layers(program: Program, before: Before) -> Html:
     after = view_layer(program)
     views = [("as exported", before.layer), ("as served", after)]
@@ -128,32 +154,31 @@ def _kernels(program: Program) -> Html:
     if not program.providers:
         return tag("p", "No kernels have been selected.", class_="note")
     calls = Counter(semantic_name(node) for node in program.graph.graph.nodes)
-    rows = ((tag("code", op), calls[op], *_choice(str(choice))) for op, choice in program.providers.items())
+    rows = (
+        (*((tag("code", op), calls[op]) if i == 0 else ("", "")), *_choice(choice))
+        for op, choices in program.providers.items()
+        for i, choice in enumerate(choices)
+    )
     return table(["op", "calls#", "provider", "not chosen, and why"], rows)
 
 
-def _choice(text: str) -> Iterator[object]:
-    """'a (not b: why; not c: why)' as two cells."""
-    provider, _, reasons = text.partition(" (")
-    yield tag("code", provider)
-    refused = [reason.removeprefix("not ") for reason in reasons.removesuffix(")").split("; ") if reason]
-    yield join(tag("div", reason) for reason in refused) or tag("span", "none registered before it", class_="chip none")
-
-
-def _bytes_per_token(program: Program, page_size: int) -> int:
-    return sum(spec.bytes_per_page(page_size) for spec in program.caches.values()) // page_size
+def _choice(choice: Choice) -> Iterator[object]:
+    """The provider, and those preferred to it with the reasons, as two cells."""
+    yield tag("code", choice.provider)
+    refused = (tag("div", tag("code", name), f": {', '.join(reasons)}") for name, reasons in choice.against.items())
+    yield join(refused) or tag("span", "none is preferred to it", class_="chip none")
 
 
 def _caches(program: Program) -> Html:
     groups = Counter(program.caches.values())
-    rows = [(*_describe_cache(spec), count, num_bytes(spec.bytes_per_page(1) * count)) for spec, count in groups.items()]
-    return table(["kind", "per token", "dtype", "caches#", "bytes per token#"], rows)
+    rows = [(*_describe_cache(spec), count, num_bytes(spec.bytes_per_unit(1) * count)) for spec, count in groups.items()]
+    return table(["kind", "shape", "dtype", "caches#", "bytes per token or request#"], rows)
 
 
 def _describe_cache(spec: CacheSpec) -> Iterator[object]:
     kind = type(spec).__name__
     yield tag("code", f"{kind}, window {spec.window}" if isinstance(spec, SlidingWindowKV) else kind)
-    yield f"{spec.num_kv_heads} {TIMES} ({spec.head_dim_k} + {spec.head_dim_v})"
+    yield f" {TIMES} ".join(map(str, spec.shape(1, 1)[1:]))
     yield spec.dtype
 
 
@@ -177,23 +202,33 @@ def _weights(program: Program) -> Html:
 
 def _memory(program: Program, settings: Settings) -> Html:
     weights = _weight_bytes(program)
-    tokens = settings.pool_tokens + settings.page_size  # the scratch page
-    pool = tokens * _bytes_per_token(program, settings.page_size)
-    total = max(weights + pool, 1)
-    shares = (
-        tag("i", class_=kind, style=f"width: {100 * part / total:.2f}%") for kind, part in (("weights", weights), ("pool", pool))
-    )
-    pages = f"{tokens // settings.page_size:,} pages of {settings.page_size} tokens"
+    pools = {pool: _pool_bytes(program, settings, pool) for pool in settings.pools}
+    cached = sum(pools.values())
+    total = max(weights + cached, 1)
+    parts = (("weights", weights), ("pool", cached))
+    shares = (tag("i", class_=kind, style=f"width: {100 * part / total:.2f}%") for kind, part in parts)
     rows: list[tuple[object, object]] = [
         (join([tag("i", class_="key weights"), "weights"]), num_bytes(weights)),
-        (join([tag("i", class_="key pool"), f"KV pool: {pages}, one of them scratch"]), num_bytes(pool)),
-        (tag("b", "together"), tag("b", num_bytes(weights + pool))),
+        *((join([tag("i", class_="key pool"), _describe_pool(settings, pool)]), num_bytes(pools[pool])) for pool in pools),
+        (tag("b", "together"), tag("b", num_bytes(weights + cached))),
         ("requests at once (max_batch_size)", f"{settings.max_batch_size:,}"),
         ("tokens in one step (max_num_tokens)", f"{settings.max_num_tokens:,}"),
         ("longest request (max_seq_len)", f"{settings.max_seq_len:,}"),
-        ("requests of that length that fit in the pool", f"{settings.pool_tokens // settings.max_seq_len:,}"),
     ]
     return join([tag("div", *shares, class_="stack"), table(["", "#"], rows)])
+
+
+def _pool_bytes(program: Program, settings: Settings, pool: str) -> int:
+    specs = [spec for spec in program.caches.values() if spec.pool == pool]
+    return settings.pools[pool] * sum(spec.bytes_per_unit(settings.page_size) for spec in specs)
+
+
+def _describe_pool(settings: Settings, pool: str) -> str:
+    units = f"{settings.pools[pool]:,}"
+    if pool == STATES:
+        return f"states: {units} slots, one of them scratch"
+    window = f", for windows of {window_of_pool(pool):,}" if window_of_pool(pool) else ""
+    return f"keys and values: {units} pages of {settings.page_size} tokens, one of them scratch{window}"
 
 
 def _timeline(program: Program, timeline: Timeline) -> Html:
@@ -208,6 +243,10 @@ def _timeline(program: Program, timeline: Timeline) -> Html:
                 begun += record.seconds
         started += seconds
     return tag("div", *rows, class_="bars")
+
+
+def _notes(timeline: Timeline) -> Html:
+    return join(tag("p", f"{name[0].upper()}{name[1:]}: {note}.", class_="below") for name, note in timeline.notes.items())
 
 
 def _bar(name: str, start: float, share: float, seconds: float, kind: str) -> Html:

@@ -25,6 +25,7 @@ h3 { font-size: 13px; margin: 0 0 10px; font-weight: 600 }
 h3 small { color: var(--soft); font-weight: 400; font-size: 13px; margin-left: 6px }
 p { margin: 0 }
 .note { color: var(--soft); margin-bottom: 14px; max-width: 92ch }
+.below { margin-top: 12px; max-width: 92ch }
 header .note { margin: 4px 0 20px }
 code, .mono, svg text { font-family: ui-monospace, "SF Mono", "Cascadia Mono", "DejaVu Sans Mono", "Liberation Mono", monospace }
 code { font-size: 12.5px }

@@ -6,9 +6,12 @@ from io import StringIO
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from autodeploy.program import Program
+from autodeploy.report.markup import num_bytes
 from autodeploy.report.timeline import Timeline
+from autodeploy.specs import bytes_per_request, bytes_per_token
 
 
 def pass_table(program: Program) -> Table:
@@ -21,19 +24,38 @@ def pass_table(program: Program) -> Table:
 
 
 def provider_table(program: Program) -> Table:
-    table = Table("op", "provider", title="kernels")
-    for name, provider in program.providers.items():
-        table.add_row(name, provider)
+    """Op, provider, the providers preferred to it with the reasons against them; a row for each choice, the op on the first."""
+    table = Table("op", "provider", "not chosen, and why", title="kernels")
+    for op, choices in program.providers.items():
+        for i, choice in enumerate(choices):
+            refused = "\n".join(f"{name}: {', '.join(reasons)}" for name, reasons in choice.against.items())
+            table.add_row("" if i else op, Text(choice.provider), Text(refused))
     return table
 
 
-def describe(program: Program, timeline: Timeline, page_size: int) -> str:
-    """Passes, kernels, caches, weights and start-up seconds."""
+def twin_text(program: Program) -> str:
+    """One sentence when the numbers were verified on a twin; else empty."""
+    if (twin := program.twin) is None:
+        return ""
+    layers = f"{twin.num_layers} layer{'s' if twin.num_layers != 1 else ''}"
+    return (
+        f"verified numerically on a twin of {layers} ({num_bytes(twin.num_bytes)} in float64), because this model's own weights "
+        f"would take {num_bytes(twin.model_bytes)} in float64, more than the limit of {num_bytes(twin.max_bytes)}; "
+        "the model itself is verified in structure"
+    )
+
+
+def describe(program: Program, timeline: Timeline) -> str:
+    """Passes, what they were verified on if not on this program, kernels, caches, weights and start-up seconds."""
     console = Console(width=160, file=StringIO())
-    cache_bytes = sum(spec.bytes_per_page(page_size) for spec in program.caches.values()) // page_size
+    specs = program.caches.values()
+    state_bytes = f", {bytes_per_request(specs)} bytes per request" if bytes_per_request(specs) else ""
     weight_bytes = sum(program.parameter(name).nbytes for name in program.weights)
-    console.print(pass_table(program), provider_table(program))
-    console.print(f"caches: {len(program.caches)}, {cache_bytes} bytes per token")
+    console.print(pass_table(program))
+    if program.twin:
+        console.print(twin_text(program), soft_wrap=True)
+    console.print(provider_table(program))
+    console.print(f"caches: {len(program.caches)}, {bytes_per_token(specs)} bytes per token{state_bytes}")
     console.print(f"weights: {len(program.weights)} parameters, {weight_bytes / 1e6:.1f} MB")
     console.print(f"start-up: {timeline}")
     return console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]

@@ -16,6 +16,8 @@ class Timeline:
     def __init__(self, show: bool | None = None) -> None:
         self.seconds: dict[str, float] = {}
         self.cpu_seconds: dict[str, float] = {}
+        self.notes: dict[str, str] = {}
+        """What else is to be told of a start, such as whether the program was a stored one."""
         self._console = Console(stderr=True)
         self._hidden = not (self._console.is_terminal if show is None else show)
 
@@ -34,4 +36,5 @@ class Timeline:
             self.cpu_seconds[name] = time.process_time() - cpu_started
 
     def __str__(self) -> str:
-        return ", ".join(f"{name} {seconds:.2f} s" for name, seconds in self.seconds.items())
+        phases = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in self.seconds.items())
+        return "; ".join([phases, *(f"{name}: {note}" for name, note in self.notes.items())])

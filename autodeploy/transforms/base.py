@@ -17,7 +17,7 @@ class Effect(StrEnum):
     REWRITE = "rewrite"  # the same function
     FUSION = "fusion"  # the same function, rounded elsewhere
     INPUTS = "inputs"  # placeholders or outputs
-    PARAMETERS = "parameters"  # names, shapes or recipes of parameters
+    PARAMETERS = "parameters"  # names, shapes or recipes of parameters; may round elsewhere
     NUMERICS = "numerics"  # values, on purpose
 
 
@@ -32,6 +32,12 @@ class Transform(ABC):
 
     name: ClassVar[str]
     effect: ClassVar[Effect] = Effect.REWRITE
+
+    def __init_subclass__(cls) -> None:
+        """Raises TypeError for a pass without a name."""
+        name, is_abstract = getattr(cls, "name", None), getattr(cls.apply, "__isabstractmethod__", False)
+        if not is_abstract and not (isinstance(name, str) and name):
+            raise TypeError(f'the pass {cls.__name__} needs a name: write name: ClassVar[str] = "what_it_does"')
 
     @abstractmethod
     def apply(self, program: Program, target: Target) -> int:

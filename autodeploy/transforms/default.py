@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from autodeploy.specs import Target
+from autodeploy.transforms.absorb_latent import AbsorbLatent
 from autodeploy.transforms.cleanup import Cleanup
 from autodeploy.transforms.fuse_linears import FuseLinears
 from autodeploy.transforms.gather_logits import GatherLogits
 from autodeploy.transforms.insert_paged_attention import InsertPagedAttention
+from autodeploy.transforms.insert_states import InsertStates
+from autodeploy.transforms.match_conv import MatchConv
 from autodeploy.transforms.match_mlp import MatchMLP
 from autodeploy.transforms.match_norm import MatchNorm
 from autodeploy.transforms.match_rope import MatchRope
@@ -21,14 +24,17 @@ def default_pipeline(target: Target | None = None) -> Pipeline:
         (
             # exported -> canonical: what the model says, in semantic ops
             Cleanup(),
+            MatchConv(),
             ProvePacking(),
             MatchNorm(),
             MatchRope(),
             MatchMLP(),
-            # canonical: fewer, larger ops
+            # canonical: smaller caches; fewer, larger ops
+            AbsorbLatent(),
             FuseLinears(),
             # canonical -> lowered: caches, the rows that are sampled, kernels
             InsertPagedAttention(),
+            InsertStates(),
             GatherLogits(),
             SelectKernels(),
         )

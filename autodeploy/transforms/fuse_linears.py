@@ -13,7 +13,7 @@ from torch import fx
 from autodeploy.program import Program
 from autodeploy.specs import Target
 from autodeploy.transforms.base import Effect, Transform
-from autodeploy.transforms.rewrite import aten, calls, erase_unused, evaluate_node, insert_call, insert_parameter, val
+from autodeploy.transforms.rewrite import aten, calls, erase_unused, insert_call, insert_parameter, pass_on_strides, val
 from autodeploy.weights import Cat
 
 
@@ -46,7 +46,8 @@ def _bias(node: fx.Node) -> Any:
 def _fusable(node: fx.Node) -> bool:
     """Weight and bias are parameters of this linear alone (a tied table stays what it is)."""
     parameters = [arg for arg in (node.args[1], _bias(node)) if arg is not None]
-    return all(isinstance(arg, fx.Node) and arg.op == "get_attr" and len(arg.users) == 1 for arg in parameters)
+    alone = all(isinstance(arg, fx.Node) and arg.op == "get_attr" and len(arg.users) == 1 for arg in parameters)
+    return alone and not node.kwargs
 
 
 def _fuse(program: Program, group: list[fx.Node]) -> None:
@@ -58,25 +59,7 @@ def _fuse(program: Program, group: list[fx.Node]) -> None:
     for i, node in enumerate(group):
         node.replace_all_uses_with(insert_call(program, first, operator.getitem, parts, i))
     erase_unused(*group)
-    _pass_on_strides(program, [user for part in parts.users for user in part.users])
-
-
-def _pass_on_strides(program: Program, readers: list[fx.Node]) -> None:
-    """The parts of a product have other strides than the products they replace, and so may what is made of them."""
-    while readers:
-        node = readers.pop()
-        if node.op != "call_function":
-            continue
-        before = val(node)
-        try:
-            evaluate_node(program, node)
-        except (RuntimeError, ValueError):
-            if node.target is not aten.view.default:
-                raise
-            node.target = aten.reshape.default  # a view across the stride between two tokens needs a copy now
-            evaluate_node(program, node)
-        if isinstance(before, torch.Tensor) and str(before.stride()) != str(val(node).stride()):
-            readers += node.users
+    pass_on_strides(program, [user for part in parts.users for user in part.users])
 
 
 def _join(program: Program, before: fx.Node, parameters: list[Any]) -> fx.Node:

@@ -18,11 +18,12 @@ from autodeploy.weights import Recipe, evaluate
 def draw(name: str, dtype: str, shape: tuple[int, ...]) -> Tensor:
     """A float64 tensor of numbers that `dtype` can hold, from a seed made of the name.
 
-    Matrices have rows of about unit effect, vectors lie around one (norms, frequencies), integers are zero.
+    Matrices have rows of about unit effect, vectors lie around one (norms, frequencies), integers are zero (a place in a table),
+    single ones one (a factor, which would make all that it multiplies zero).
     """
     kept: torch.dtype = getattr(torch, dtype)
     if not kept.is_floating_point:
-        return torch.zeros(shape, dtype=kept)
+        return torch.zeros(shape, dtype=kept) if shape else torch.ones(shape, dtype=kept)
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     values = torch.randn(shape, generator=generator, dtype=torch.float64)
     values = 1 + 0.2 * values if len(shape) < 2 else values / shape[-1] ** 0.5
@@ -53,10 +54,12 @@ class Interpreter(fx.Interpreter):
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         function = PROVIDED[target][0].reference if target in PROVIDED else target
         if self.wide:
-            args, kwargs = map_aggregate((args, kwargs), _widened)  # pyright: ignore
+            args, kwargs = map_aggregate((args, kwargs), widened)  # pyright: ignore
         return function(*args, **kwargs)
 
 
-def _widened(value: Any) -> Any:
-    is_narrow = isinstance(value, torch.dtype) and value.is_floating_point
-    return torch.float64 if is_narrow else value
+def widened(value: Any) -> Any:
+    """The widest dtype of its kind in place of a dtype that rounds."""
+    if not isinstance(value, torch.dtype):
+        return value
+    return torch.float64 if value.is_floating_point else torch.complex128 if value.is_complex else value

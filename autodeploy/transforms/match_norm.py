@@ -11,7 +11,19 @@ from autodeploy import custom_ops as ops
 from autodeploy.program import Program
 from autodeploy.specs import Target
 from autodeploy.transforms.base import Effect, Transform
-from autodeploy.transforms.rewrite import CASTS, Bindings, Call, MaybeCast, Var, aten, calls, first_match, replace_call, val
+from autodeploy.transforms.rewrite import (
+    CASTS,
+    Bindings,
+    Call,
+    MaybeCast,
+    Var,
+    arguments,
+    aten,
+    calls,
+    first_match,
+    replace_call,
+    val,
+)
 
 ADD, MUL, SUB = aten.add.Tensor, aten.mul.Tensor, aten.sub.Tensor
 x, eps, weight = Var("x"), Var("eps", lambda value: isinstance(value, float)), Var("weight")
@@ -106,9 +118,8 @@ def _rewrite_layer_norm(program: Program, node: fx.Node) -> int:
 
 
 def _take_over(program: Program, node: fx.Node) -> int:
-    normalized_shape = node.args[1]
-    if len(normalized_shape) != 1:  # pyright: ignore
+    given = arguments(node)
+    if len(given["normalized_shape"]) != 1:
         return 0
-    padded = [*node.args, *(None, None, 1e-5)[len(node.args) - 2 :]]
-    replace_call(program, node, ops.layer_norm, padded[0], padded[2], padded[3], padded[4])
+    replace_call(program, node, ops.layer_norm, given["input"], given["weight"], given["bias"], given["eps"])
     return 1

@@ -55,7 +55,7 @@ class MatchRope(Transform):
 
 
 def _covers(node: fx.Node, m: Bindings) -> bool:
-    """The halves are halves, and cos and sin do not widen x."""
-    value = val(m["x"])
+    """The halves are halves, and cos and sin widen neither x's dtype nor its shape."""
+    value, result = val(m["x"]), val(node)
     halves = "half" not in m or 2 * m["half"] == value.shape[-1]
-    return halves and val(node).dim() == value.dim() and val(node).dtype == value.dtype
+    return halves and str(result.shape) == str(value.shape) and result.dtype == value.dtype

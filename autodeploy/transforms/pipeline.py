@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from traceback import walk_tb
 from typing import Any
@@ -12,10 +13,10 @@ from typing import Any
 from torch import fx
 
 from autodeploy.errors import AutoDeployError, ConfigError, TransformError, did_you_mean
-from autodeploy.program import PassRecord, Program, Snapshot
+from autodeploy.program import NodeRecord, PassRecord, Program, Snapshot
 from autodeploy.specs import Target
 from autodeploy.transforms.base import Effect, Transform
-from autodeploy.transforms.reproducer import write_reproducer
+from autodeploy.transforms.reproducer import is_importable, write_reproducer
 from autodeploy.transforms.rewrite import erase_dead
 from autodeploy.transforms.verify import VerificationError, verify_structure
 from autodeploy.transforms.verify_numeric import NumericVerifier, leaf_types
@@ -26,6 +27,12 @@ Observer = Callable[[Program, PassRecord], None]
 @dataclass(frozen=True)
 class Pipeline:
     passes: tuple[Transform, ...]
+
+    def __post_init__(self) -> None:
+        for item in self.passes:
+            if not isinstance(item, Transform):
+                what = f"the class {item.__name__}; write {item.__name__}()" if isinstance(item, type) else f"{item!r}"
+                raise ConfigError(f"a pipeline holds instances of Transform, not {what}")
 
     def __iter__(self) -> Iterator[Transform]:
         return iter(self.passes)
@@ -53,10 +60,10 @@ class Pipeline:
         dropped = {self.index(name) for name in names}
         return Pipeline(tuple(item for i, item in enumerate(self.passes) if i not in dropped))
 
-    def configure(self, name: str, **options: Any) -> Pipeline:
+    def configure(self, name: str, /, **options: Any) -> Pipeline:
         """The pass with some of its fields changed."""
         item = self.passes[self.index(name)]
-        known = list(item.__dataclass_fields__)
+        known = [field.name for field in fields(item) if field.init]
         for option in options:
             if option not in known:
                 raise ConfigError(
@@ -65,7 +72,11 @@ class Pipeline:
         return self.replace(name, replace(item, **options))
 
     def _spliced(self, at: int, removed: int, item: Transform) -> Pipeline:
-        return Pipeline((*self.passes[:at], item, *self.passes[at + removed :]))
+        before, after = self.passes[:at], self.passes[at + removed :]
+        edited = Pipeline((*before, item, *after))
+        if item.name in {other.name for other in (*before, *after)}:
+            raise ConfigError(f"'{item.name}' is already in the pipeline; give the second one another name")
+        return edited
 
     def run(self, program: Program, target: Target, *observers: Observer, verify: str = "structure") -> Program:
         """Apply every pass in order, in place; each is recorded.
@@ -101,7 +112,7 @@ def _run_pass(item: Transform, program: Program, target: Target, checks: Checks,
     before, started = program.op_counts(), time.perf_counter()
     snapshot = program.snapshot()
     try:
-        rewrites = item.apply(program, target)
+        rewrites = _apply(item, program, target, snapshot)
         if rewrites:
             erase_dead(program)
             checks.run(snapshot, program, item.effect)
@@ -111,9 +122,38 @@ def _run_pass(item: Transform, program: Program, target: Target, checks: Checks,
             raise
         raise _explained(error, item, program, _reproducer(program, remaining, target, checks, error)) from error
     program.graph.recompile()
-    after = program.op_counts()
-    delta = {name: after[name] - before[name] for name in sorted(before | after) if after[name] != before[name]}
-    return PassRecord(item.name, rewrites, time.perf_counter() - started, delta)
+    return PassRecord(item.name, rewrites, time.perf_counter() - started, _delta(before, program.op_counts()))
+
+
+def _apply(item: Transform, program: Program, target: Target, before: Snapshot) -> int:
+    """How many rewrites the pass made; raises VerificationError when that is no count, or none though something changed."""
+    rewrites: Any = item.apply(program, target)
+    if type(rewrites) is not int or rewrites < 0:
+        raise VerificationError(f"apply returned {rewrites!r}; it must return how many rewrites it made (an int)")
+    if not rewrites and (changes := _changes(before, program)):
+        raise VerificationError(f"apply returned 0 but changed the program ({changes}); return the number of rewrites")
+    return rewrites
+
+
+def _changes(before: Snapshot, program: Program) -> str:
+    """What differs from the snapshot: calls more and fewer, else what else it is; empty when nothing."""
+    now = program.snapshot()
+    if len(now.nodes) != len(before.nodes) or not all(map(_is_same_call, before.nodes, now.nodes)):
+        delta = _delta(before.as_program().op_counts(), program.op_counts())
+        return ", ".join(f"{count:+d} {name}" for name, count in delta.items()) or "arguments or order of calls"
+    tables = ("inputs", "caches", "weights", "rope_thresholds", "providers")
+    changed = [name for name in tables if getattr(before.program, name) != getattr(program, name)]
+    same_tensors = all(now.tensors.get(name) is tensor for name, tensor in before.tensors.items())
+    return ", ".join(changed + ([] if same_tensors or changed else ["parameters"]))
+
+
+def _is_same_call(a: NodeRecord, b: NodeRecord) -> bool:
+    same = a.node is b.node and a.op == b.op and a.name == b.name and a.target == b.target
+    return same and (a.args is b.args or a.args == b.args) and (a.kwargs is b.kwargs or a.kwargs == b.kwargs)
+
+
+def _delta(before: Counter[str], after: Counter[str]) -> dict[str, int]:
+    return {name: after[name] - before[name] for name in sorted(before | after) if after[name] != before[name]}
 
 
 def _reproducer(
@@ -132,6 +172,8 @@ def _explained(error: Exception, item: Transform, program: Program, folder: Path
     message = (str(error).splitlines() or [""])[0]
     reason = f"{type(error).__name__}: {message}{f' (at node {where})' if where and where not in message else ''}"
     remedy = "The program is as it was before the pass" + (f"; run it again with: autodeploy replay {folder}" if folder else "")
+    if folder and not is_importable(item):
+        remedy += f" (first move {type(item).__qualname__} to a module that can be imported, and let it fail there)"
     return TransformError(f"{reason}. Passes before it: {earlier}. {remedy}", transform=item.name)
 
 

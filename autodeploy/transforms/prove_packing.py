@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from autodeploy import custom_ops as ops
+from autodeploy.custom_ops.recurrent import RECURRENT_OPS
 from autodeploy.errors import UnsupportedModelError
 from autodeploy.program import Program, op_name
 from autodeploy.specs import Target
@@ -30,14 +31,14 @@ Check = Callable[["Walk", fx.Node], None]
 class ProvePacking(Transform):
     """Rewrite counting along the row to `position_ids`; refuse everything else that mixes tokens outside attention.
 
-    before:  i = arange(T)
-    after:   i = select(position_ids, 0, 0)
+    before:  i = arange(T);                       rows = slice(table, 0, 0, T)
+    after:   i = select(position_ids, 0, 0);      rows = index_select(table, 0, select(position_ids, 0, 0))
     """
 
     name: ClassVar[str] = "prove_packing"
 
     def apply(self, program: Program, target: Target) -> int:
-        rewrites = _rewrite_counting(program)
+        rewrites = _rewrite_counting(program) + _rewrite_table_heads(program)
         walk = Walk.over(program)
         for node in program.graph.graph.nodes:
             if node.op == "call_function" and node.users:
@@ -60,6 +61,29 @@ def _rewrite_counting(program: Program) -> int:
         node.replace_all_uses_with(counted)
         rewrites += 1
     return rewrites
+
+
+def _rewrite_table_heads(program: Program) -> int:
+    """The first T rows of a table, one per token of the row, are the rows at each token's own position."""
+    tokens, rewrites = Walk.over(program), 0
+    positions = next(node for node in program.graph.graph.nodes if node.name == "position_ids")
+    for node in calls(program, aten.slice.Tensor):
+        dim, start, step = (_argument(node, name) for name in ("dim", "start", "step"))
+        if not node.users or not _grows(tokens, node) or val(node).shape[dim] != tokens.num_tokens:
+            continue
+        if not isinstance(start, int | None) or (start or 0) < 0 or step != 1:
+            continue
+        index = insert_call(program, node, aten.select.int, positions, 0, 0)
+        if start:
+            index = insert_call(program, node, aten.add.Tensor, index, start)
+        node.replace_all_uses_with(insert_call(program, node, aten.index_select.default, node.args[0], dim, index))
+        rewrites += 1
+    return rewrites
+
+
+def _grows(walk: Walk, node: fx.Node) -> bool:
+    """Does a part of a table have as many rows as there are tokens, although the table does not know them?"""
+    return walk.depends(val(node)) and not walk.depends(val(node.args[0]))
 
 
 def _counts_from(walk: Walk, node: fx.Node) -> int | None:
@@ -153,11 +177,17 @@ class Walk:
 
 def refuse(node: fx.Node, reason: str) -> NoReturn:
     """Requests packed in one row would leak into each other here."""
+    raise UnsupportedModelError(f"{reason}, so requests packed in one row would mix", **source_of(node))
+
+
+def source_of(node: fx.Node) -> dict[str, str]:
+    """Module path and "file:line" of the model's code behind a node; what is not known is empty."""
     stack = node.meta.get("nn_module_stack") or {}
     path = list(stack.values())[-1][0].removeprefix("model.") if stack else ""
     lines = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
-    source = f"{lines[-1][0].rpartition('site-packages/')[2]}:{lines[-1][1]}" if lines else ""
-    raise UnsupportedModelError(f"{reason}, so requests packed in one row would mix", module_path=path, source=source)
+    own = [line for line in lines if not re.search(r"/torch/|/autodeploy/(capture|custom_ops)/", line[0])] or lines
+    source = f"{own[-1][0].rpartition('site-packages/')[2]}:{own[-1][1]}" if own else ""
+    return {"module_path": path, "source": source}
 
 
 def _argument(node: fx.Node, name: str) -> Any:
@@ -198,13 +228,15 @@ def _normalizes_last(walk: Walk, node: fx.Node) -> None:
 def _takes_part(walk: Walk, node: fx.Node) -> None:
     if node.target is aten.slice.Tensor and str(val(node).shape) == str(val(node.args[0]).shape):
         return  # all of it
+    if node.target in (aten.slice.Tensor, aten.narrow.default) and _grows(walk, node):
+        refuse(node, "it takes as many rows of a table as the row has tokens")
     walk.forbid(node, node.args[0], _argument(node, "dim"), "takes part of what lies")
 
 
 def _joins(walk: Walk, node: fx.Node) -> None:
     dim, rank = _argument(node, "dim"), val(node).dim()
     for source in node.args[0]:  # pyright: ignore
-        if node.target is aten.cat.default:
+        if node.target is not aten.stack.default:
             walk.forbid(node, source, dim % rank, "joins")
 
 
@@ -215,7 +247,7 @@ def _indexes(walk: Walk, node: fx.Node) -> None:
 
 
 def _multiplies(walk: Walk, node: fx.Node) -> None:
-    a, b = node.args[-2:] if node.target is aten.addmm.default else node.args[:2]
+    a, b = node.args[1:3] if node.target in (aten.addmm.default, aten.baddbmm.default) else node.args[:2]
     walk.forbid(node, a, -1, "sums")
     second = val(b)
     walk.forbid(node, b, -1 if node.target is aten.linear.default or second.dim() == 1 else -2, "sums")
@@ -237,25 +269,42 @@ def _reshapes(walk: Walk, node: fx.Node) -> None:
         refuse(node, "it reshapes across tokens")
 
 
+def _takes_rows(walk: Walk, node: fx.Node) -> None:
+    """Experts: row i of the hidden states goes with row i of the router's choice."""
+    rows = node.args[: 3 if node.target is ops.moe.overload else 2]
+    for arg in rows:
+        if walk.token_dim(node, val(arg)) != 0 or str(val(arg).shape[0]) != str(val(node).shape[0]):
+            refuse(node, "its experts do not get one row per token")
+
+
+def _recurs(walk: Walk, node: fx.Node) -> None:
+    """Recurrent ops keep requests apart once each has a state of its own; a row per token lies along dim 1."""
+    for arg in node.all_input_nodes:
+        dim = walk.token_dim(node, val(arg))
+        if dim is not None and (dim != 1 or walk.coefficient(val(arg), 1) != 1):
+            refuse(node, "its recurrent layer does not get one row per token")
+
+
 RULE_NAMES: dict[Check, str] = {
     _allowed: """
         permute transpose.int t movedim.int swapaxes numpy_T unsqueeze squeeze squeeze.dim squeeze.dims expand expand_as repeat
         contiguous clone copy to.dtype to.device to.dtype_layout _to_copy type_as alias detach lift_fresh_copy embedding
-        zeros ones empty.memory_format zeros_like ones_like new_zeros new_ones new_empty sym_size.int one_hot""",
+        zeros ones empty.memory_format zeros_like ones_like new_zeros new_ones new_empty sym_size.int one_hot broadcast_to
+        view_as_complex view_as_real""",
     _fills: "full full_like new_full scalar_tensor",
-    _pointwise: "multiply.Tensor divide.Tensor subtract.Tensor where.ScalarOther where.ScalarSelf where.Scalar",
+    _pointwise: "multiply.Tensor divide.Tensor subtract.Tensor where.ScalarOther where.ScalarSelf where.Scalar polar",
     _reduces: """
         sum sum.dim_IntList mean mean.dim prod.dim_int amax amin max max.dim min min.dim argmax argmin any.dim all.dim
         var.correction var.dim var_mean.correction std.correction std.dim norm.ScalarOpt_dim linalg_vector_norm
         softmax.int log_softmax.int logsumexp cumsum cumprod topk sort argsort glu flip""",
     _takes_part: """
         slice.Tensor select.int narrow split.Tensor split_with_sizes chunk unbind.int unfold index_select gather scatter.src
-        index_add slice_scatter repeat_interleave.self_int""",
-    _joins: "cat stack",
+        scatter.value index_add slice_scatter select_scatter repeat_interleave.self_int""",
+    _joins: "cat concat concatenate stack",
     _indexes: "index.Tensor",
-    _multiplies: "matmul bmm mm linear addmm",
+    _multiplies: "matmul bmm mm linear addmm baddbmm",
     _sums_letters: "einsum",
-    _reshapes: "reshape view _unsafe_view flatten.using_ints unflatten.int",
+    _reshapes: "reshape reshape_as view view_as _unsafe_view flatten.using_ints unflatten.int",
     _normalizes_last: "layer_norm rms_norm",
 }
 """How each aten op is checked; ops tagged pointwise are `_pointwise` without being listed."""
@@ -263,6 +312,8 @@ RULE_NAMES: dict[Check, str] = {
 
 def _rule_table() -> dict[Any, Check]:
     table: dict[Any, Check] = {operator.getitem: _allowed, ops.attention.overload: _allowed}
+    table |= dict.fromkeys((ops.moe.overload, ops.expert_linear.overload), _takes_rows)
+    table |= dict.fromkeys(RECURRENT_OPS, _recurs)
     for rule, names in RULE_NAMES.items():
         for name in names.split():
             packet, _, overload = name.partition(".")

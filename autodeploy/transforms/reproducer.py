@@ -44,6 +44,15 @@ def read_reproducer(folder: Path) -> tuple[Program, tuple[Transform, ...], Targe
     return Program.load(folder), passes, Target(**data["target"]), data["verify"], data["error"]
 
 
+def is_importable(item: Transform) -> bool:
+    """Whether another process can find the pass: its class stands in a module, not in the script that ran or in a function."""
+    return _importable(type(item).__module__, type(item).__qualname__)
+
+
+def _importable(module: str, name: str) -> bool:
+    return module != "__main__" and "<locals>" not in name
+
+
 def _describe(item: Transform) -> dict[str, Any]:
     options = {field.name: getattr(item, field.name) for field in fields(item)}
     return {"module": type(item).__module__, "class": type(item).__qualname__, "options": options}
@@ -51,6 +60,11 @@ def _describe(item: Transform) -> dict[str, Any]:
 
 def _build(data: dict[str, Any]) -> Transform:
     name = f"{data['module']}.{data['class']}"
+    if not _importable(data["module"], data["class"]):
+        raise ProgramFileError(
+            f"pass {name} was defined in a script or inside a function, where it cannot be imported from. "
+            "Move it to a module of its own, and let it fail there."
+        )
     try:
         kind: Any = import_module(data["module"])
         for part in data["class"].split("."):

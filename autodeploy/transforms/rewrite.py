@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
+from inspect import signature
 from itertools import permutations
 from typing import Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from autodeploy.codec import fake_input
 from autodeploy.custom_ops import symbolic
 from autodeploy.program import Program, symbols
-from autodeploy.specs import INPUTS
+from autodeploy.specs import EXAMPLE_PAGE_SIZE, EXAMPLE_PAGES, CacheSpec, input_spec
 
 aten = torch.ops.aten
 COMMUTATIVE = {aten.mul.Tensor, aten.add.Tensor}
@@ -30,8 +33,31 @@ def val(node: Any) -> Any:
 
 def calls(program: Program, *targets: Any) -> list[fx.Node]:
     """Call nodes of these targets (overloads or semantic ops), in graph order."""
-    wanted = {getattr(target, "overload", target) for target in targets}
+    wanted = {_overload(target) for target in targets}
     return [node for node in program.graph.graph.nodes if node.op == "call_function" and node.target in wanted]
+
+
+def _overload(target: Any) -> Any:
+    """What a node calls. Raises TypeError for `aten.square`: nodes call its overloads, such as `aten.square.default`."""
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        overloads = [leaf for leaf in target.overloads() if "out" not in leaf]
+        names, name = sorted(overloads, key=lambda leaf: leaf not in ("default", "Tensor")), str(target)
+        raise TypeError(f"{name} is a packet of overloads; write {' or '.join(f'{name}.{leaf}' for leaf in names[:3])}")
+    return getattr(target, "overload", target)
+
+
+def arguments(node: Any) -> Bindings:
+    """The arguments of a call (a node, or the record of one) by their names, defaults included."""
+    defaults = _defaults(symbolic(node.target))
+    return defaults | dict(zip(defaults, node.args, strict=False)) | dict(node.kwargs)
+
+
+@cache
+def _defaults(function: Any) -> Bindings:
+    """The names of an op's arguments, with their defaults (None where there is none)."""
+    if not hasattr(function, "_schema"):
+        return dict.fromkeys(signature(function).parameters)  # one of `operator`
+    return {argument.name: argument.default_value for argument in function._schema.arguments}
 
 
 def fake_mode(program: Program) -> FakeTensorMode:
@@ -41,7 +67,7 @@ def fake_mode(program: Program) -> FakeTensorMode:
 def derived_value(program: Program, node: fx.Node) -> Any:
     """A call node's value, from its arguments' values."""
     args, kwargs = fx.map_arg((node.args, node.kwargs), val)  # pyright: ignore
-    with fake_mode(program), torch.no_grad():
+    with fake_mode(program), enable_python_dispatcher(), torch.no_grad():  # some shape rules need it for symbolic sizes
         return symbolic(node.target)(*args, **kwargs)
 
 
@@ -54,7 +80,7 @@ def insert_call(program: Program, before: fx.Node, target: Any, *args: Any, name
     """A new call, its value derived, in front of `before`."""
     graph = program.graph.graph
     with graph.inserting_before(before):
-        node = graph.create_node("call_function", getattr(target, "overload", target), args, kwargs, name=name)
+        node = graph.create_node("call_function", _overload(target), args, kwargs, name=name)
     node.meta["stack_trace"] = before.meta.get("stack_trace")
     evaluate_node(program, node)
     return node
@@ -63,9 +89,36 @@ def insert_call(program: Program, before: fx.Node, target: Any, *args: Any, name
 def replace_call(program: Program, old: fx.Node, target: Any, *args: Any) -> fx.Node:
     """A new call in the place of an old one, which goes, together with what only it used (a gone node has no users)."""
     node = insert_call(program, old, target, *args)
+    readers = list(old.users)
     old.replace_all_uses_with(node)
     erase_unused(old)
+    if _strides(val(node)) != _strides(val(old)):
+        pass_on_strides(program, readers)
     return node
+
+
+def pass_on_strides(program: Program, readers: list[fx.Node]) -> None:
+    """Derive anew the readers of a value that has other strides than the one it replaced; and theirs, as far as it shows."""
+    while readers:
+        node = readers.pop()
+        if node.op != "call_function":
+            continue
+        before = _strides(val(node))
+        try:
+            evaluate_node(program, node)
+        except (RuntimeError, ValueError):
+            if node.target is not aten.view.default:
+                raise
+            node.target = aten.reshape.default  # such a view needs a copy now
+            evaluate_node(program, node)
+        if _strides(val(node)) != before:
+            readers += node.users
+
+
+def _strides(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return list(map(_strides, value))
+    return str(value.stride()) if isinstance(value, torch.Tensor) else None
 
 
 def erase_unused(*nodes: fx.Node) -> None:
@@ -95,16 +148,28 @@ def insert_parameter(program: Program, before: fx.Node, name: str, value: torch.
 
 
 def insert_input(program: Program, name: str) -> fx.Node:
-    """The placeholder of that input (a key of `specs.INPUTS`), made behind the other inputs when it is not there yet."""
+    """The placeholder of that input (see `specs.input_spec`), made behind the other inputs when it is not there yet."""
     placeholders = {node.name: node for node in program.graph.graph.nodes if node.op == "placeholder"}
     if name not in placeholders:
-        spec = INPUTS[name]
+        spec = input_spec(name)
         value = fake_input(fake_mode(program), spec, symbols(program))
         with program.graph.graph.inserting_after(placeholders[list(program.inputs)[-1]]):
             placeholders[name] = program.graph.graph.placeholder(name)
         placeholders[name].meta["val"] = value
         program.inputs[name] = spec
     return placeholders[name]
+
+
+def insert_cache(program: Program, prefix: str, spec: CacheSpec) -> fx.Node:
+    """The placeholder of a new cache, behind the inputs and the other caches."""
+    graph = program.graph.graph
+    name = f"{prefix}_{sum(known.startswith(prefix) for known in program.caches)}"
+    with graph.inserting_after([node for node in graph.nodes if node.op == "placeholder"][-1]):
+        node = graph.placeholder(name)
+    with fake_mode(program):
+        node.meta["val"] = torch.empty(spec.shape(EXAMPLE_PAGES, EXAMPLE_PAGE_SIZE), dtype=getattr(torch, spec.dtype))
+    program.caches[name] = spec
+    return node
 
 
 def erase_dead(program: Program) -> None:
@@ -130,14 +195,17 @@ class Var:
 
 @dataclass(frozen=True, init=False)
 class Call:
-    """Matches a call of one of `targets` that begins with these arguments; further ones are not looked at."""
+    """Matches a call of one of `targets` with these arguments, in order or by their names; all others have their defaults."""
 
     targets: tuple[Any, ...]
     args: tuple[Any, ...]
+    named: tuple[tuple[str, Any], ...]
 
-    def __init__(self, targets: Any, *args: Any) -> None:
-        object.__setattr__(self, "targets", targets if isinstance(targets, tuple) else (targets,))
+    def __init__(self, targets: Any, *args: Any, **named: Any) -> None:
+        targets = targets if isinstance(targets, tuple) else (targets,)
+        object.__setattr__(self, "targets", tuple(map(_overload, targets)))
         object.__setattr__(self, "args", args)
+        object.__setattr__(self, "named", tuple(named.items()))
 
 
 @dataclass(frozen=True)
@@ -171,12 +239,16 @@ def match(pattern: Any, value: Any, bindings: Bindings | None = None) -> Iterato
 def _match_call(pattern: Call, node: Any, bindings: Bindings) -> Iterator[Bindings]:
     if not isinstance(node, fx.Node) or node.op != "call_function" or node.target not in pattern.targets:
         return
-    if len(node.args) < len(pattern.args):
+    given, defaults, named = arguments(node), _defaults(symbolic(node.target)), dict(pattern.named)
+    leading = list(given)[: len(pattern.args)]
+    if len(leading) < len(pattern.args) or not named.keys() <= given.keys():
         return
-    actual = node.args[: len(pattern.args)]
+    if any(given[name] != default for name, default in defaults.items() if name not in {*leading, *named}):
+        return
+    actual = tuple(given[name] for name in leading)
     orders = permutations(actual) if node.target in COMMUTATIVE else [actual]
     for order in orders:
-        yield from _match_all(pattern.args, tuple(order), bindings)
+        yield from _match_all((*pattern.args, *named.values()), (*order, *(given[name] for name in named)), bindings)
 
 
 def _match_all(patterns: tuple[Any, ...], values: tuple[Any, ...], bindings: Bindings) -> Iterator[Bindings]:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import fx
 
-from autodeploy.custom_ops import SEMANTIC_OPS
-from autodeploy.program import Program
+from autodeploy.custom_ops import SEMANTIC_OPS, symbolic
+from autodeploy.program import Choice, Program
 from autodeploy.specs import Target
 from autodeploy.transforms.base import Transform
-from autodeploy.transforms.rewrite import val
+from autodeploy.transforms.rewrite import arguments, val
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,15 +24,38 @@ class SelectKernels(Transform):
     """
 
     name: ClassVar[str] = "select_kernels"
+    pack: bool = True
+    """Whether a provider may lay out weights anew, which a model in memory then no longer shares."""
 
     def apply(self, program: Program, target: Target) -> int:
-        rewrites = 0
+        rewrites, shared = 0, _shared(program)
         for node in program.graph.graph.nodes:
             if node.op == "call_function" and (op := SEMANTIC_OPS.get(node.target)):
                 args, kwargs = fx.map_arg((node.args, node.kwargs), val)  # pyright: ignore
-                provider, against = op.choose(target, *args, **kwargs)
+                provider, against = op.choose(target, *args, parameters=_parameters(node, shared) if self.pack else (), **kwargs)
                 node.target = provider.function
-                reasons = "; ".join(f"not {name}: {', '.join(why)}" for name, why in against.items())
-                program.providers[op.name] = f"{provider.name}{f' ({reasons})' if reasons else ''}"
+                _record(program, op.name, Choice(provider.name, {name: tuple(why) for name, why in against.items()}))
                 rewrites += 1
         return rewrites
+
+
+def _parameters(node: fx.Node, shared: set[str]) -> list[str]:
+    """Names of the arguments that are parameters as they are, of calls like this one alone."""
+    given = arguments(node).items()
+    return [name for name, value in given if isinstance(value, fx.Node) and value.op == "get_attr" and value.target not in shared]
+
+
+def _shared(program: Program) -> set[str]:
+    """Parameters that calls of several kinds read: packed for one, a second copy would stay for the others."""
+    readers: dict[str, set[Any]] = defaultdict(set)
+    for node in program.graph.graph.nodes:
+        if node.op == "get_attr":
+            readers[str(node.target)] |= {symbolic(user.target) for user in node.users}
+    return {name for name, targets in readers.items() if len(targets) > 1}
+
+
+def _record(program: Program, op: str, choice: Choice) -> None:
+    """Note a choice beside those made for other calls of the same op, unless it is one of them."""
+    choices = program.providers.get(op, ())
+    if choice not in choices:
+        program.providers[op] = (*choices, choice)

@@ -11,18 +11,12 @@ from torch import fx
 from autodeploy import custom_ops as ops
 from autodeploy.codec import FUNCTIONS, describe
 from autodeploy.custom_ops import PROVIDED, SEMANTIC_OPS, symbolic
+from autodeploy.custom_ops.recurrent import RECURRENT_OPS
 from autodeploy.program import NodeRecord, Program, Snapshot, op_name, symbols
-from autodeploy.specs import Level
+from autodeploy.specs import STATES, Level
 from autodeploy.transforms.base import Effect
-from autodeploy.transforms.rewrite import derived_value
+from autodeploy.transforms.rewrite import arguments, derived_value
 
-PAGED = {"kv_append", "paged_attention"}
-FORBIDDEN: dict[Level, set[str]] = {
-    Level.EXPORTED: PAGED,
-    Level.CANONICAL: PAGED,
-    Level.LOWERED: {"attention"},
-}
-"""Semantic ops that may not stand in a graph of that level."""
 ONE_DTYPE = {
     torch.ops.aten.linear.default: 3,
     ops.gated_activation.overload: 2,
@@ -63,8 +57,18 @@ def verify_structure(before: Snapshot, program: Program, effect: Effect) -> None
             raise VerificationError(f"recipes of {sorted(changed)[:3]} changed, but the pass does not declare Effect.PARAMETERS")
 
 
+def _forbidden(program: Program) -> set[Any]:
+    """Semantic ops over caches before the graph is lowered; then those that the caches of each kind have replaced."""
+    recurrent = list(RECURRENT_OPS.values())
+    if program.level is not Level.LOWERED:
+        return {ops.kv_append.overload, ops.paged_attention.overload, *(op.cached.overload for op in recurrent)}
+    kinds = {spec.pool == STATES for spec in program.caches.values()}
+    replaced = {ops.attention.overload} if False in kinds else set()
+    return replaced | ({op.whole.overload for op in recurrent} if True in kinds else set())
+
+
 def _check_level(program: Program) -> None:
-    forbidden = {op.overload for op in SEMANTIC_OPS.values() if op.name in FORBIDDEN[program.level]}
+    forbidden = _forbidden(program)
     for node in program.graph.graph.nodes:
         if node.op in ("call_module", "call_method"):
             raise VerificationError(f"a graph holds calls of functions only, not {node.op}", node.name)
@@ -141,7 +145,12 @@ def _same(what: str, before: Any, after: Any) -> None:
 
 def _writes(nodes: Any) -> list[str]:
     """Which caches are written, in order."""
-    return [str(node.args[2]) for node in nodes if _is_write(node)]
+    return [str(_written(node)) for node in nodes if _is_write(node)]
+
+
+def _written(node: Any) -> Any:
+    op = SEMANTIC_OPS[symbolic(node.target)]
+    return arguments(node)[op.mutates[0]]
 
 
 def _output(nodes: Any, owner: Program, program: Program) -> Any:

@@ -10,6 +10,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from autodeploy.custom_ops.recurrent import RECURRENT_OPS
 from autodeploy.program import Program
 from autodeploy.transforms.base import Effect
 from autodeploy.transforms.interpret import Interpreter, draw, parameters
@@ -59,25 +60,29 @@ class NumericVerifier:
     def compare(self, before: Program, after: Program, effect: Effect) -> None:
         """The same logits in float64; a pass that rounds elsewhere may not be much worse in the working dtype either."""
         exact, result = self._run(before, wide=True), self._run(after, wide=True)
-        if (error := _difference(result, exact)) > EXACT and effect is not Effect.NUMERICS:
+        if (error := difference(result, exact)) > EXACT and effect is not Effect.NUMERICS:
             raise VerificationError(f"in float64 its logits differ by {error:.1e} from those before the pass (limit {EXACT:.0e})")
-        if effect in (Effect.FUSION, Effect.NUMERICS):
+        if effect in (Effect.FUSION, Effect.PARAMETERS, Effect.NUMERICS):
             working = _working_dtype(after)
-            was, now = (_difference(self._run(program, wide=False), exact) for program in (before, after))
+            was, now = (difference(self._run(program, wide=False), exact) for program in (before, after))
             if now > ROUNDING[working] * was + torch.finfo(getattr(torch, working)).eps:
                 raise VerificationError(f"in {working} its error grew from {was:.1e} to {now:.1e}")
 
     def _run(self, program: Program, *, wide: bool) -> list[Tensor]:
         interpreter = Interpreter(program, parameters(program, self.data), wide=wide)
         requests = _requests(program)
-        return _run_paged(program, interpreter, requests) if program.caches else _run_alone(program, interpreter, requests)
+        if not program.caches:
+            return _run_alone(program, interpreter, requests)
+        if calls(program, *RECURRENT_OPS):  # attention is paged, states are not in yet: one request in one piece
+            return [_run_paged(program, interpreter, [ids], max(LENGTHS))[0] for ids in requests]
+        return _run_paged(program, interpreter, requests, CHUNK)
 
 
 def _working_dtype(program: Program) -> str:
     return str(val(calls(program, aten.embedding.default)[0]).dtype).removeprefix("torch.")
 
 
-def _difference(results: list[Tensor], references: list[Tensor]) -> float:
+def difference(results: list[Tensor], references: list[Tensor]) -> float:
     """Largest of max|a - b| / max|b|; infinite where shapes or non-finite places differ."""
     worst = 0.0
     for a, b in zip(results, references, strict=True):
@@ -114,17 +119,18 @@ def _row(parts: list[tuple[Tensor, int, int]]) -> dict[str, Tensor]:
     }
 
 
-def _run_paged(program: Program, interpreter: Interpreter, requests: list[Tensor]) -> list[Tensor]:
-    """All requests at once, a few tokens of each per step, their pages interleaved."""
+def _run_paged(program: Program, interpreter: Interpreter, requests: list[Tensor], chunk: int) -> list[Tensor]:
+    """All requests at once, `chunk` tokens of each per step, their pages interleaved."""
     num_pages = -(-max(LENGTHS) // PAGE_SIZE)
     table = 1 + torch.arange(num_pages)[None, :] * len(requests) + torch.arange(len(requests))[:, None]
     caches = _caches(program, interpreter, 1 + num_pages * len(requests))
     results: list[list[Tensor]] = [[] for _ in requests]
-    for start in range(0, max(LENGTHS), CHUNK):
+    for start in range(0, max(LENGTHS), chunk):
         active = [i for i, ids in enumerate(requests) if len(ids) > start]
-        parts = [(requests[i], start, min(start + CHUNK, len(requests[i]))) for i in active]
-        values = _row(parts) | _where(table[active], parts)
-        logits = interpreter.run(*(values[name] for name in program.inputs), *caches)[0]
+        parts = [(requests[i], start, min(start + chunk, len(requests[i]))) for i in active]
+        values = _row(parts) | _where(table[active], parts) | {"state_slots": 1 + torch.tensor(active)}
+        inputs = (values[name.partition("_window_")[0]] for name in program.inputs)  # all pools use the same pages
+        logits = interpreter.run(*inputs, *caches)[0]
         for i, part in zip(active, logits.split([stop - begin for _, begin, stop in parts]), strict=True):
             results[i].append(part)
     return [torch.cat(parts) for parts in results]

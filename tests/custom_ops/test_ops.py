@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -10,71 +13,133 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from autodeploy import custom_ops as ops
 from autodeploy.custom_ops.op import SEMANTIC_OPS, Provider, semantic_op
-from autodeploy.specs import PagedKV
+from autodeploy.custom_ops.recurrent import RECURRENT_OPS
 
 torch.manual_seed(0)
 
 
-def naive(q, k, v, sinks, scale, window, softcap):
+def naive(q, k, v, sinks, scale, window, softcap, chunk, alibi):
     """One query and one key at a time: q [H, T, Dk], k [Hkv, T, Dk], v [Hkv, T, Dv] -> [T, H, Dv]."""
     heads, tokens, _ = q.shape
     out = torch.zeros(tokens, heads, v.shape[2], dtype=q.dtype)
     for h, t in itertools.product(range(heads), range(tokens)):
         kv = h * k.shape[0] // heads
         first = max(0, t - window + 1) if window else 0
+        while chunk and first // chunk < t // chunk:
+            first += 1
         scores = torch.stack([q[h, t] @ k[kv, s] * scale for s in range(first, t + 1)])
         scores = softcap * torch.tanh(scores / softcap) if softcap else scores
+        if alibi is not None:
+            scores = torch.stack([score - alibi[h] * (t - s) for s, score in enumerate(scores, first)])
         weights = torch.exp(scores - scores.max())
         total = weights.sum() + (torch.exp(sinks[h] - scores.max()) if sinks is not None else 0)
         out[t, h] = (weights / total) @ v[kv, first : t + 1]
     return out
 
 
-VARIANTS = list(itertools.product((None, "sinks"), (0, 1, 5), (0.0, 3.0)))
+@dataclass(frozen=True)
+class Variant:
+    """Which extras of attention are on."""
+
+    sinks: bool = False
+    window: int = 0
+    softcap: float = 0.0
+    chunk: int = 0
+    alibi: bool = False
+
+    def arguments(self) -> tuple[Any, ...]:
+        """Of `attention` from `sinks` on."""
+        sinks, slopes = (torch.randn(4, dtype=torch.float64) if wanted else None for wanted in (self.sinks, self.alibi))
+        return sinks, 0.3, self.window, self.softcap, -1, self.chunk, slopes
 
 
-@pytest.mark.parametrize(("sinks", "window", "softcap"), VARIANTS)
-def test_attention_equals_the_formula(sinks, window, softcap) -> None:
+VARIANTS = [
+    *(Variant(*values) for values in itertools.product((False, True), (0, 1, 5), (0.0, 3.0))),
+    *(Variant(window=window, chunk=chunk) for window in (0, 3) for chunk in (1, 4, 6)),
+    *(Variant(window=window, chunk=chunk, alibi=True) for window in (0, 5) for chunk in (0, 6)),
+    Variant(True, 5, 3.0, 6, True),
+]
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_attention_equals_the_formula(variant) -> None:
     q, k, v = (torch.randn(1, h, 13, d, dtype=torch.float64) for h, d in ((4, 6), (2, 6), (2, 10)))
-    sink = torch.randn(4, dtype=torch.float64) if sinks else None
-    ours = ops.attention(q, k, v, sink, 0.3, window, softcap, -1)
-    torch.testing.assert_close(ours[0], naive(q[0], k[0], v[0], sink, 0.3, window, softcap))
+    sinks, scale, window, softcap, mask, chunk, slopes = variant.arguments()
+    ours = ops.attention(q, k, v, sinks, scale, window, softcap, mask, chunk, slopes)
+    torch.testing.assert_close(ours[0], naive(q[0], k[0], v[0], sinks, scale, window, softcap, chunk, slopes))
 
 
-@pytest.mark.parametrize(("sinks", "window", "softcap"), VARIANTS)
-@pytest.mark.parametrize("long", [False, True])
-def test_paged_attention_over_scattered_pages_in_chunks_equals_attention_over_each_request(sinks, window, softcap, long) -> None:
-    page, lengths = 4, (9, 1, 14) if not long else (150, 300)  # above 128 queries the score matrix is cut into blocks
-    sink = torch.randn(4, dtype=torch.float64) if sinks else None
-    whole = [[torch.randn(1, h, n, d, dtype=torch.float64) for h, d in ((4, 6), (2, 6), (2, 10))] for n in lengths]
-    expected = [ops.attention(*qkv, sink, 0.3, window, softcap, -1)[0] for qkv in whole]
-    pages = torch.randperm(sum(-(-n // page) for n in lengths)) + 1
-    tables = torch.zeros(len(lengths), max(-(-n // page) for n in lengths), dtype=torch.int64)
-    used = 0
-    for i, n in enumerate(lengths):
-        count = -(-n // page)
-        tables[i, :count], used = pages[used : used + count], used + count
-    cache = torch.full(PagedKV(2, 6, 10, "float64").shape(len(pages) + 1, page), float("nan"), dtype=torch.float64)
-    done = [0] * len(lengths)
-    outputs: list[list[torch.Tensor]] = [[] for _ in lengths]
-    while any(d < n for d, n in zip(done, lengths, strict=True)):
-        parts = [
-            (i, done[i], min(lengths[i], done[i] + (5 + i if not long else 140)))
-            for i in range(len(lengths))
-            if done[i] < lengths[i]
-        ]
-        q, k, v = (torch.cat([whole[i][j][:, :, a:b] for i, a, b in parts], dim=2) for j in range(3))
-        rows = torch.tensor([i for i, _, _ in parts])
-        slots = torch.cat([tables[i, torch.arange(a, b) // page] * page + torch.arange(a, b) % page for i, a, b in parts])
-        cu = torch.tensor([0, *itertools.accumulate(b - a for _, a, b in parts)], dtype=torch.int32)
+@dataclass
+class PagedRequests:
+    """Requests of some lengths over pages in no order; a step serves the next few tokens of each request that has any."""
+
+    lengths: tuple[int, ...]
+    page: int
+    head_dim_k: int
+    head_dim_v: int
+    latent: bool = False
+
+    def __post_init__(self) -> None:
+        shapes = ((4, self.head_dim_k), (2, self.head_dim_k), (2, self.head_dim_v))
+        self.whole = [[torch.randn(1, h, n, d, dtype=torch.float64) for h, d in shapes] for n in self.lengths]
+        if self.latent:  # values are the last part of the keys, and not stored
+            self.whole = [[q, k, k[..., -self.head_dim_v :]] for q, k, _ in self.whole]
+        counts = [-(-n // self.page) for n in self.lengths]
+        pages = torch.randperm(sum(counts)) + 1
+        self.tables = torch.zeros(len(counts), max(counts), dtype=torch.int64)
+        for row, own in zip(self.tables, pages.split(counts), strict=True):
+            row[: len(own)] = own
+        width = self.head_dim_k + (0 if self.latent else self.head_dim_v)
+        self.cache = torch.full((len(pages) + 1, self.page, 2, width), float("nan"), dtype=torch.float64)
+
+    def serve(self, step: Callable[[int], int], *arguments: Any) -> list[torch.Tensor]:
+        """Outputs [T, H, Dv] per request. step: request -> its new tokens per step; arguments: those of paged_attention."""
+        done, outputs = [0] * len(self.lengths), [[] for _ in self.lengths]
+        while any(d < n for d, n in zip(done, self.lengths, strict=True)):
+            parts = [(i, done[i], min(n, done[i] + step(i))) for i, n in enumerate(self.lengths) if done[i] < n]
+            for (i, _, stop), out in zip(parts, self._run(parts, arguments), strict=True):
+                outputs[i].append(out)
+                done[i] = stop
+        return [torch.cat(parts) for parts in outputs]
+
+    def _run(self, parts: list[tuple[int, int, int]], arguments: tuple[Any, ...]) -> Sequence[torch.Tensor]:
+        q, k, v = (torch.cat([self.whole[i][j][:, :, a:b] for i, a, b in parts], dim=2) for j in range(3))
+        positions = [(i, torch.arange(a, b)) for i, a, b in parts]
+        slots = torch.cat([self.tables[i, at // self.page] * self.page + at % self.page for i, at in positions])
+        ops.kv_append(k, None if self.latent else v, self.cache, slots)
+        rows, sizes = torch.tensor([i for i, _, _ in parts]), [b - a for _, a, b in parts]
+        cu = torch.tensor([0, *itertools.accumulate(sizes)], dtype=torch.int32)
         seq_lens = torch.tensor([b for _, _, b in parts], dtype=torch.int32)
-        ops.kv_append(k, v, cache, slots)
-        out = ops.paged_attention(q, cache, tables[rows], cu, seq_lens, sink, 0.3, window, softcap)[0]
-        for (i, _, b), first, last in zip(parts, cu[:-1], cu[1:], strict=True):
-            outputs[i].append(out[first:last])
-            done[i] = b
+        return ops.paged_attention(q, self.cache, self.tables[rows], cu, seq_lens, *arguments)[0].split(sizes)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@pytest.mark.parametrize("kind", ["short", "long", "latent"])
+def test_paged_attention_over_scattered_pages_in_chunks_equals_attention_over_each_request(variant, kind) -> None:
+    if kind == "long":  # above 128 queries the score matrix is cut into blocks
+        requests, step = PagedRequests((150, 300), 4, 6, 10), lambda i: 140
+    else:
+        requests, step = PagedRequests((9, 1, 14), 4, 6, 4, latent=kind == "latent"), lambda i: 5 + i
+    sinks, scale, window, softcap, mask, chunk, slopes = variant.arguments()
+    expected = [ops.attention(*qkv, sinks, scale, window, softcap, mask, chunk, slopes)[0] for qkv in requests.whole]
+    outputs = requests.serve(step, sinks, scale, window, softcap, requests.head_dim_v, chunk, slopes)
     for ours, reference in zip(outputs, expected, strict=True):
-        torch.testing.assert_close(torch.cat(ours), reference)
+        torch.testing.assert_close(ours, reference)
+
+
+@pytest.mark.parametrize("variant", [Variant(window=9), Variant(chunk=8), Variant(chunk=8, window=3)], ids=str)
+def test_single_tokens_read_only_the_pages_they_see(variant) -> None:
+    requests = PagedRequests((30,), 4, 6, 10)
+    sinks, scale, window, softcap, mask, chunk, slopes = variant.arguments()
+    expected = ops.attention(*requests.whole[0], sinks, scale, window, softcap, mask, chunk, slopes)[0]
+    served = requests.serve(lambda i: 1, sinks, scale, window, softcap, 10, chunk, slopes)[0]
+    torch.testing.assert_close(served, expected)
+    first_page = (30 - window) // 4 if window and not chunk else (29 // 8 * 8) // 4
+    requests.cache[requests.tables[0, :first_page]] = float("nan")
+    q = requests.whole[0][0][:, :, 29:]
+    where = (requests.tables, torch.tensor([0, 1]), torch.tensor([30]))
+    last = ops.paged_attention(q, requests.cache, *where, sinks, scale, window, softcap, 10, chunk, slopes)
+    torch.testing.assert_close(last[0], expected[29:])
 
 
 CALLS = {
@@ -83,6 +148,22 @@ CALLS = {
     "rope": lambda: (torch.randn(1, 5, 3, 8).transpose(1, 2), torch.randn(1, 1, 5, 8), torch.randn(1, 1, 5, 8), True),
     "gated_activation": lambda: (torch.randn(1, 5, 8), torch.randn(1, 5, 8), "gelu_tanh"),
     "attention": lambda: (torch.randn(1, 4, 5, 6), torch.randn(1, 2, 5, 6), torch.randn(1, 2, 5, 3), None, 1.0, 0, 0.0, -1),
+    "moe": lambda: (
+        torch.randn(5, 8),
+        torch.randint(0, 3, (5, 2)),
+        torch.rand(5, 2),
+        torch.randn(3, 12, 8),
+        torch.randn(3, 8, 6),
+        None,
+        None,
+        False,
+        "halves",
+        "silu",
+        1.0,
+        0.0,
+        0.0,
+    ),
+    "expert_linear": lambda: (torch.randn(5, 8), torch.randint(0, 3, (5,)), torch.randn(3, 6, 8)),
     "kv_append": lambda: (torch.randn(1, 2, 5, 6), torch.randn(1, 2, 5, 3), torch.zeros(4, 2, 2, 9), torch.arange(5)),
     "paged_attention": lambda: (
         torch.randn(1, 4, 5, 6),
@@ -94,11 +175,17 @@ CALLS = {
         1.0,
         0,
         0.0,
+        3,
     ),
 }
 
 
-@pytest.mark.parametrize("name", sorted(op.name for op in SEMANTIC_OPS.values()))
+RECURRENT = {op for known in RECURRENT_OPS.values() for op in (known.whole, known.cached)}
+"""Their shape rules: test_recurrent_ops."""
+OURS = [op for op in SEMANTIC_OPS.values() if op not in RECURRENT and op.reference.__module__.startswith("autodeploy.")]
+
+
+@pytest.mark.parametrize("name", sorted(op.name for op in OURS))
 def test_the_shape_rule_of_every_op_says_what_its_reference_does(name: str) -> None:
     op = next(op for op in SEMANTIC_OPS.values() if op.name == name)
     arguments = CALLS[name]()

@@ -3,8 +3,11 @@
 import pytest
 
 from autodeploy.config import SamplingParams
-from autodeploy.executor.kv_cache import SCRATCH_PAGE, KVCacheManager
+from autodeploy.errors import ConfigError
+from autodeploy.executor.kv_cache import SCRATCH_PAGE, CacheManager, KVCacheManager, StateManager
+from autodeploy.executor.pool_sizes import PoolSizes
 from autodeploy.executor.request import Request
+from autodeploy.specs import PagedKV, RecurrentState, SlidingWindowKV
 
 
 def make(request_id: int, prompt: int = 4) -> Request:
@@ -74,3 +77,65 @@ def test_check_finds_a_page_lost_doubled_or_out_of_range() -> None:
             kv.page_table(1)[0] = SCRATCH_PAGE
         with pytest.raises(AssertionError, match="pages"):
             kv.check()
+
+
+def test_a_window_keeps_only_what_the_next_query_sees() -> None:
+    kv = KVCacheManager(num_pages=6, page_size=4, window=5, max_step=8)
+    assert kv.fits(10_000) and kv.num_pages_held(10_000) == 5 and kv.num_pages_held(4) == 1
+    request = make(1, 100)
+    while request.num_computed_tokens < 100:
+        assert kv.prepare(request, 100 - request.num_computed_tokens)
+        table = kv.page_table(1)
+        step = min(8, 100 - request.num_computed_tokens)
+        first = max(0, request.num_computed_tokens - 5 + 1)  # what the first query of the step sees
+        seen = range(first // 4, -(-(request.num_computed_tokens + step) // 4))
+        assert all(table[i] != SCRATCH_PAGE for i in seen)
+        assert 5 - kv.num_free_pages <= kv.num_pages_held(100)
+        request.num_computed_tokens += step
+        kv.update(request)
+        kv.audit([request])
+    assert kv.page_table(1)[:23] == [SCRATCH_PAGE] * 23 and kv.num_free_pages >= 3
+    kv.free(request)
+    assert kv.num_free_pages == 5
+    kv.audit([])
+
+
+def test_states_are_one_slot_each_and_what_is_taken_without_the_rest_comes_back() -> None:
+    pages, states = KVCacheManager(3, 4), StateManager(3)
+    manager = CacheManager({"pages": pages}, states)
+    first, second, third = make(1), make(2), make(3)
+    assert manager.prepare(first, 4) and manager.prepare(second, 4)
+    assert {states.slot(1), states.slot(2)} == {1, 2}
+    assert not manager.prepare(third, 4)
+    manager.free(third)
+    manager.audit([first, second])
+    assert manager.prepare(first, 1) and states.num_free_slots == 0
+    manager.free(first)
+    assert states.num_free_slots == 1 and pages.num_free_pages == 1
+    with pytest.raises(AssertionError, match="do not run"):
+        manager.audit([])
+    manager.free(second)
+    manager.audit([])
+
+
+KV, WINDOW, STATE = PagedKV(2, 8, 8, "float32"), SlidingWindowKV(2, 8, 8, "float32", window=16), RecurrentState((4, 8), "float32")
+
+
+def test_pools_of_a_hybrid_model_are_sized_together() -> None:
+    sizes = PoolSizes([KV, KV, WINDOW, STATE], max_batch_size=4, max_seq_len=1000, page_size=8, max_step=32)
+    assert sizes.num_pages(None, 1 << 40) == 500
+    assert sizes.units(500) == {"pages": 501, "states": 5, "window_16": 1 + 4 * 7}
+    page = 8 * 2 * 16 * 4
+    limit = sizes.num_bytes(100)
+    assert limit == 2 * 101 * page + 29 * page + 5 * 4 * 8 * 4
+    assert sizes.num_pages(None, limit) == 100 and sizes.num_pages(None, limit - 1) == 99
+    assert sizes.num_pages(90, 1 << 40) == 12
+    with pytest.raises(ConfigError, match="Raise max_bytes"):
+        sizes.num_pages(None, sizes.num_bytes(1) - 1)
+
+
+def test_a_model_of_states_alone_has_no_pages() -> None:
+    sizes = PoolSizes([STATE], max_batch_size=4, max_seq_len=1000, page_size=8, max_step=32)
+    assert sizes.units(500) == {"states": 5}
+    manager = sizes.manager(sizes.units(500))
+    assert not manager.pools and manager.fits(10**9)

@@ -1,4 +1,4 @@
-"""Small stock configs of dense families, each with the mechanisms of its family switched on. The package knows none of them."""
+"""Small stock configs of families, each with the mechanisms of its family switched on. The package knows none of them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from tests.models.moe_families import MOE_FAMILIES
+from tests.models.own_attention_families import OWN_ATTENTION_FAMILIES
+from tests.models.recurrent_families import RECURRENT_FAMILIES
 
 COMMON: dict[str, Any] = {
     "vocab_size": 256,
@@ -141,6 +145,13 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "starcoder2": ("starcoder2", {"sliding_window": 8}),
     "vaultgemma": ("vaultgemma", {**GEMMA, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 30.0}),
     "youtu": ("youtu", LATENT),
+    "axk1": ("axk1", {**LATENT, "first_k_dense_replace": 2}),
+    "bailing_hybrid_full": ("bailing_hybrid", {**LATENT, "layer_types": ["full_attention"] * 2, "first_k_dense_replace": 2}),
+    "deepseek_v3_dense": ("deepseek_v3", {**LATENT, "first_k_dense_replace": 2}),
+    "kimi_linear_full": ("kimi_linear", {**LATENT, "layer_types": ["full_attention"] * 2, "first_k_dense_replace": 2}),
+    **MOE_FAMILIES,
+    **OWN_ATTENTION_FAMILIES,
+    **RECURRENT_FAMILIES,
 }
 """Test name -> (model_type, overrides of `COMMON`)."""
 

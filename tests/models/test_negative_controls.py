@@ -30,11 +30,13 @@ class ChangeAttention(Transform):
         return 1
 
 
-SINKS, SCALE, WINDOW, SOFTCAP = 3, 4, 5, 6
+SINKS, SCALE, WINDOW, SOFTCAP, CHUNK, ALIBI = 3, 4, 5, 6, 8, 9
 SEEDED = {
     "a window one too wide": ("granite_swa", ChangeAttention(argument=WINDOW, value=9, windowed_only=True)),
     "a window lost": ("starcoder2", ChangeAttention(argument=WINDOW, value=0)),
     "sinks lost": ("granite_swa", ChangeAttention(argument=SINKS, value=None)),
+    "chunks lost": ("llama4_text", ChangeAttention(argument=CHUNK, value=0)),
+    "alibi lost": ("bloom", ChangeAttention(argument=ALIBI, value=None)),
     "a softcap lost": ("gemma2", ChangeAttention(argument=SOFTCAP, value=0.0)),
     "the default scale": ("granite", ChangeAttention(argument=SCALE, value=0.25)),
 }

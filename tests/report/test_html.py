@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 
 import autodeploy
 from autodeploy.cli import app
-from autodeploy.program import Program
+from autodeploy.errors import ConfigError
+from autodeploy.program import Choice, Program
 from autodeploy.report.drawing import draw
 from autodeploy.report.html import Before, Settings, page
 from autodeploy.report.layer import Box, LayerView
@@ -64,9 +65,21 @@ def test_the_page_has_every_pass_and_every_part(text: str) -> None:
         assert f"<h2>{heading}</h2>" in text
     for op in ("aten.linear", "paged_attention", "kv_append", "rms_norm", "rope", "gated_activation"):
         assert op in text
+    assert "Program cache: not used: switched off." in text
     for phase in ("export", "passes", "load weights"):
         assert f'<span class="phase">{phase}</span>' in text
     assert "prefers-color-scheme: dark" in text
+
+
+def test_nothing_is_said_of_twins_and_foreign_passes_where_there_are_none(text: str) -> None:
+    assert "twin" not in text
+    assert "from elsewhere" not in text
+
+
+def test_what_to_verify_is_an_option(tmp_path: Path) -> None:
+    for command in (["report", "-o", str(tmp_path / "report.html")], ["inspect"]):
+        with pytest.raises(ConfigError, match="verify"):
+            CliRunner().invoke(app, [*command, DEMO, "--verify", "nothing"], catch_exceptions=False)
 
 
 def test_bytes_are_those_of_the_program(text: str, demo_program: Program) -> None:
@@ -111,12 +124,12 @@ def drawn(text: str) -> list[Drawn]:
 
 
 def test_text_of_the_model_is_escaped(demo_program: Program) -> None:
-    program = replace(demo_program, providers={"rope": "fast <b> (not slow: a < b & c)"})
-    settings = Settings(page_size=32, pool_tokens=256, max_batch_size=1, max_num_tokens=64, max_seq_len=256)
+    program = replace(demo_program, providers={"rope": (Choice("fast <b>", {"slow": ("a < b & c", "d")}),)})
+    settings = Settings(page_size=32, pools={"pages": 9}, max_batch_size=1, max_num_tokens=64, max_seq_len=256)
     shown = page("<i>&", program, Before(), Timeline(), settings)
     assert "<h1>&lt;i&gt;&amp;</h1>" in shown
     assert "<code>fast &lt;b&gt;</code>" in shown
-    assert "slow: a &lt; b &amp; c" in shown
+    assert "<div><code>slow</code>: a &lt; b &amp; c, d</div>" in shown
     svg = draw(LayerView(0, 1, {"a": Box("<x>", "1 & 2", "norm", '"w"', "</title>")}, ()))
     assert [Drawn(svg).labels, Drawn(svg).titles] == [["<x>"], ["</title>"]]
 

@@ -1,13 +1,14 @@
 """Random small models of what the passes look for and what nearly is it; and the smallest part of one that still fails.
 
-A model is a list of steps, each from earlier values [1, T, 16] to a new one. An option's first choice is the plainest: it is
-drawn half the time, and what a failing model is reduced to.
+A model is a list of steps, each from earlier values [1, T, 16] to a new one. Most steps are what a pass takes, in any of its
+forms; the others miss that in one or two ways. An option's first value is the plainest: what a failing model is reduced to.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,20 +16,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autodeploy import Effect, Pipeline, Program, Target, Transform, default_pipeline
-from autodeploy.transforms.verify_numeric import NumericVerifier, leaf_types
+from autodeploy import Pipeline, Program, Target, Transform, default_pipeline
 from tests.transforms.helpers import WIDTH, Toy, toy_program
 
 PASSES = default_pipeline().passes[: default_pipeline().index("fuse_linears") + 1]
+SIDE_BY_SIDE = 25
+"""Models in one captured graph."""
 SHAPES: dict[str, tuple[int, ...]] = {
     **{f"matrix{i}": (WIDTH, WIDTH) for i in range(3)},
     **{f"narrow{i}": (WIDTH // 2, WIDTH) for i in range(2)},
     **{f"vector{i}": (WIDTH,) for i in range(3)},
-    "short": (WIDTH // 2,),
+    **{f"bias{i}": (WIDTH,) for i in range(2)},
+    **{f"short{i}": (WIDTH // 2,) for i in range(2)},
     "column": (1, WIDTH),
     "single": (1,),
     "scalar": (),
     "quarter": (4,),
+    "by_head": (4, 4),
+    **{f"angles{size}": (size,) for size in (4, 8, 16)},
 }
 
 
@@ -46,11 +51,22 @@ class Step:
             raise AttributeError(name) from None
 
 
+@dataclass(frozen=True)
+class Option:
+    taken: tuple[Any, ...]
+    """Values with which a pass takes the step, the plainest first; or any, where no pass looks at it."""
+    missed: tuple[Any, ...] = ()
+    """Values with which it nearly would."""
+
+
 Model = tuple[Step, ...]
 Weights = Mapping[str, Tensor]
 
 
 def norm(step: Step, x: Tensor, other: Tensor, weights: Weights, positions: Tensor) -> Tensor:
+    if step.heads:
+        x, other = x.unflatten(-1, (4, 4)), other.unflatten(-1, (4, 4))
+        weights = {**weights, "vector0": weights["quarter"], "vector1": weights["by_head"], "column": weights["by_head"][:1]}
     wide = x.to(step.cast) if step.cast else x
     if step.centred:
         wide = wide - wide.mean(-1, keepdim=True)
@@ -66,27 +82,32 @@ def norm(step: Step, x: Tensor, other: Tensor, weights: Weights, positions: Tens
         normed = torch.sigmoid(weights["vector0"]) * normed
     elif step.weight:
         normed = (weights[step.weight] + step.offset if step.offset else weights[step.weight]) * normed
-    return normed.to(x.dtype) + (mean.to(x.dtype) if step.second_user else 0)
+    result = normed.to(x.dtype) + mean.to(x.dtype) if step.second_user else normed.to(x.dtype)
+    return result.flatten(-2) if step.heads else result
 
 
 def layer_norm(step: Step, x: Tensor, other: Tensor, weights: Weights, positions: Tensor) -> Tensor:
     if step.heads:
-        quarter = weights["quarter"] if step.weight else None
-        return F.layer_norm(x.unflatten(-1, (4, 4)), (4,), quarter, None, step.eps).flatten(-2)
+        quarter = weights["quarter" if step.heads == "one dim" else "by_head"] if step.weight else None
+        return F.layer_norm(
+            x.unflatten(-1, (4, 4)), (4,) if step.heads == "one dim" else (4, 4), quarter, None, step.eps
+        ).flatten(-2)
     weight, bias = (weights[name] if name else None for name in (step.weight, step.bias))
     return F.layer_norm(x, (WIDTH,), weight, bias, step.eps)
 
 
 def rope(step: Step, x: Tensor, other: Tensor, weights: Weights, positions: Tensor) -> Tensor:
-    heads, source = (value.unflatten(-1, (step.heads, -1)).transpose(1, 2) for value in (x, other))
+    heads = x.unflatten(-1, (step.heads, -1)).transpose(1, 2)
+    of = other.unflatten(-1, (step.heads, -1)).transpose(1, 2) if step.of == "another value" else heads
     size = heads.shape[-1]
-    angles = positions[..., None].to(torch.float32) * weights["quarter"][:2].repeat(size // 4)
-    angles = torch.cat([angles, angles], -1) if step.whole else angles.repeat_interleave(2, -1)
-    cos, sin = angles.cos()[:, None], angles.sin()[:, None]
+    angles = positions[:, None, :, None].to(step.angles) * weights["single" if step.broadcast == "dim" else f"angles{size}"]
+    cos, sin = angles.cos(), angles.sin()
+    if step.broadcast == "heads":
+        heads, of = heads[:, :1], of[:, :1]
+        cos, sin = (torch.cat([value] * step.heads, 1) for value in (cos, sin))
     cut = {"halves": size // 2, "thirds": size // 3}.get(step.cut, 0)
-    of = source if step.of == "another value" else heads
     if step.cut == "pairs":
-        turned = torch.stack([-of[..., 1::2], of[..., 0::2]], -1).flatten(-2)
+        turned = torch.stack([of[..., 0::2], -of[..., 1::2]] if step.reverse else [-of[..., 1::2], of[..., 0::2]], -1).flatten(-2)
     else:
         parts = [-of[..., cut:], of[..., :cut]]
         turned = torch.cat(parts[::-1] if step.reverse else parts, -1)
@@ -112,6 +133,7 @@ def gated(step: Step, x: Tensor, other: Tensor, weights: Weights, positions: Ten
         "vector": lambda: weights["vector1"],
         "scalar": lambda: weights["scalar"],
         "first": lambda: other[..., :1],
+        "wide": lambda: other.to(torch.float64),
         "number": lambda: 1.5,
     }[step.up]()
     result = up * activated if step.up_first else activated * up
@@ -121,17 +143,13 @@ def gated(step: Step, x: Tensor, other: Tensor, weights: Weights, positions: Ten
 def linears(step: Step, x: Tensor, other: Tensor, weights: Weights, positions: Tensor) -> Tensor:
     """Two linears of one input, or nearly."""
     second = other if step.two_inputs else x
-    if step.narrow:
-        bias = weights["short"] if step.bias else None
-        halves = [F.linear(x, weights["narrow0"], bias), F.linear(second, weights[step.narrow], bias)]
-        if step.regroup:
-            halves = [half.view(1, -1, 4).sin().view(1, -1, WIDTH // 2) for half in halves]
-        return torch.cat(halves, -1)
-    biases = [weights[name] if name else None for name in (step.bias, step.second_bias)]
-    first = F.linear(x, weights["matrix0"], biases[0])
-    weight = weights[step.weight].t() if step.transposed else weights[step.weight]
-    result = F.linear(second, weight, biases[1])
-    return first.view(1, -1, 4).sin().view(1, -1, WIDTH) + result if step.regroup else first * 0.5 + result
+    first_name, second_name = ("narrow0", step.narrow) if step.narrow else ("matrix0", step.weight)
+    bias = [weights[f"short{name[-1]}" if step.narrow else name] if name else None for name in step.biases]
+    weight = weights[second_name].t() if step.transposed and not step.narrow else weights[second_name]
+    halves = [F.linear(x, weights[first_name], bias[0]), F.linear(second, weight, bias[1])]
+    if step.regroup:
+        halves = [half.view(1, -1, 4).sin().view(1, -1, half.shape[-1]) for half in halves]
+    return torch.cat(halves, -1) if step.narrow else halves[0] * 0.5 + halves[1]
 
 
 def reshaped(step: Step, x: Tensor, other: Tensor, weights: Weights, positions: Tensor) -> Tensor:
@@ -141,7 +159,9 @@ def reshaped(step: Step, x: Tensor, other: Tensor, weights: Weights, positions: 
         "expanded": lambda: x[..., :1].expand(-1, -1, WIDTH),
         "heads": lambda: x.view(1, -1, 4, 4).transpose(2, 3).reshape(1, -1, WIDTH),
         "tokens": lambda: x.reshape(-1, WIDTH).unsqueeze(0),
+        "regrouped": lambda: (x.view(1, -1, 4) if x.is_contiguous() else x.reshape(1, -1, 4)).sin().view(1, -1, WIDTH),
         "transposed": lambda: x.transpose(1, 2).contiguous().transpose(1, 2),
+        "one part": lambda: x.split(WIDTH, -1)[0],
         "halves": lambda: torch.cat(x.split([4, 12], -1)[::-1], -1),
         "double": lambda: x.to(torch.float64).sin().to(x.dtype),
         "written": lambda: (x * 1.0).add_(other),
@@ -154,94 +174,117 @@ def mixed(step: Step, x: Tensor, other: Tensor, weights: Weights, positions: Ten
     return {"add": torch.add, "mul": torch.mul, "sub": torch.sub}[step.op](x, other)
 
 
-KINDS: dict[str, tuple[Any, dict[str, tuple[Any, ...]]]] = {
+FLAG, NEVER = Option((False, True)), Option((False,), (True,))
+KINDS: dict[str, tuple[Any, dict[str, Option]]] = {
     "norm": (
         norm,
         {
-            "cast": (None, torch.float32, torch.float64),
-            "centred": (False, True),
-            "square": ("pow", "mul", "fourth"),
-            "dim": (-1, 2, 0),
-            "eps": (1e-6, 1e-2, 1),
-            "root": ("rsqrt", "pow", "other"),
-            "back": ("after", "before"),
-            "weight": ("vector0", None, "vector1", "column", "single", "scalar", "another value", "computed"),
-            "offset": (0, 1.0, 0.5),
-            "second_user": (False, True),
+            "cast": Option((None, torch.float32, torch.float64)),
+            "heads": FLAG,
+            "centred": FLAG,
+            "square": Option(("pow",), ("mul", "fourth")),
+            "dim": Option((-1,), (2, 0)),
+            "eps": Option((1e-6, 1e-2), (1,)),
+            "root": Option(("rsqrt", "pow"), ("other",)),
+            "back": Option(("after", "before")),
+            "weight": Option(("vector0", None), ("vector1", "column", "single", "scalar", "another value", "computed")),
+            "offset": Option((0, 1.0), (0.5,)),
+            "second_user": NEVER,
         },
     ),
     "layer_norm": (
         layer_norm,
         {
-            "weight": ("vector0", None, "vector1"),
-            "bias": (None, "vector1", "vector2"),
-            "eps": (1e-5, 1e-2),
-            "heads": (False, True),
+            "weight": Option(("vector0", None, "vector1")),
+            "bias": Option((None, "vector1", "vector2")),
+            "eps": Option((1e-5, 1e-2)),
+            "heads": Option((None, "one dim"), ("two dims",)),
         },
     ),
     "rope": (
         rope,
         {
-            "heads": (4, 1, 2),
-            "cut": ("halves", "pairs", "thirds"),
-            "whole": (True, False),
-            "of": ("itself", "another value"),
-            "reverse": (False, True),
-            "signed": (True, False),
-            "same": (False, True),
-            "second_user": (False, True),
+            "heads": Option((4, 1, 2)),
+            "cut": Option(("halves", "pairs"), ("thirds",)),
+            "angles": Option((torch.float32,), (torch.float64,)),
+            "broadcast": Option((None, "dim"), ("heads",)),
+            "of": Option(("itself",), ("another value",)),
+            "reverse": NEVER,
+            "signed": Option((True,), (False,)),
+            "same": FLAG,
+            "second_user": FLAG,
         },
     ),
     "gated": (
         gated,
         {
-            "activation": ("silu", "gelu", "gelu_tanh", "relu", "sigmoid", "tanh"),
-            "up": ("another value", "itself", "activated", "vector", "scalar", "first", "number"),
-            "up_first": (False, True),
-            "second_user": (False, True),
+            "activation": Option(("silu", "gelu", "gelu_tanh", "relu", "sigmoid"), ("tanh",)),
+            "up": Option(("another value", "itself", "activated"), ("vector", "scalar", "first", "wide", "number")),
+            "up_first": FLAG,
+            "second_user": NEVER,
         },
     ),
     "linears": (
         linears,
         {
-            "narrow": (None, "narrow1", "narrow0"),
-            "weight": ("matrix1", "matrix2", "matrix0"),
-            "transposed": (False, True),
-            "bias": (None, "vector0"),
-            "second_bias": (None, "vector0", "vector2"),
-            "two_inputs": (False, True),
-            "regroup": (False, True),
+            "narrow": Option((None, "narrow1"), ("narrow0",)),
+            "weight": Option(("matrix1", "matrix2"), ("matrix0",)),
+            "transposed": NEVER,
+            "biases": Option(((None, None), ("bias0", "bias1")), (("bias0", None), (None, "bias1"), ("bias0", "bias0"))),
+            "two_inputs": NEVER,
+            "regroup": FLAG,
         },
     ),
     "reshaped": (
         reshaped,
         {
-            "form": (
-                "nothing",
-                "ones",
-                "expanded",
-                "heads",
-                "tokens",
-                "transposed",
-                "halves",
-                "double",
-                "written",
-                "cast",
+            "form": Option(
+                (
+                    "nothing",
+                    "ones",
+                    "expanded",
+                    "heads",
+                    "tokens",
+                    "regrouped",
+                    "transposed",
+                    "halves",
+                    "one part",
+                    "double",
+                    "written",
+                    "cast",
+                )
             )
         },
     ),
-    "mixed": (mixed, {"op": ("add", "mul", "sub")}),
+    "mixed": (mixed, {"op": Option(("add", "mul", "sub"))}),
 }
+
+
+DRAWN = [kind for kind in KINDS for _ in range(1 if kind in ("layer_norm", "mixed") else 2)]
 
 
 def random_model(seed: int, num_steps: int = 4) -> Model:
     draw = random.Random(seed)
     steps = []
     for i in range(num_steps):
-        kind = draw.choice(list(KINDS))
-        options = {name: draw.choice(values[: draw.choice((1, len(values)))]) for name, values in KINDS[kind][1].items()}
+        kind = draw.choice(DRAWN)
+        options = _random_options(draw, KINDS[kind][1])
         steps.append(Step(kind, (draw.randint(0, i), draw.randint(0, i)), tuple(options.items())))
     return tuple(steps)
+
+
+def _random_options(draw: random.Random, options: Mapping[str, Option]) -> dict[str, Any]:
+    """No, one or two of them missed."""
+    may_miss = [name for name, option in options.items() if option.missed]
+    missed = draw.sample(may_miss, min(draw.choice((0, 0, 0, 1, 2)), len(may_miss)))
+    return {name: draw.choice(option.missed if name in missed else option.taken) for name, option in options.items()}
+
+
+def side_by_side(seeds: Sequence[int]) -> list[list[int]]:
+    """Batches of seeds; models that write in place by themselves, since for them alone the whole graph is traced once more."""
+    writes = {seed: any(dict(step.options).get("form") == "written" for step in random_model(seed)) for seed in seeds}
+    groups = [[seed for seed in seeds if writes[seed] is kind] for kind in (False, True)]
+    return [group[i : i + SIDE_BY_SIDE] for group in groups for i in range(0, len(group), SIDE_BY_SIDE)]
 
 
 def build(*models: Model) -> Program:
@@ -250,7 +293,7 @@ def build(*models: Model) -> Program:
     def body(toy: Toy, x: Tensor, positions: Tensor) -> Tensor:
         weights = [dict(toy.extra[f"weights{i}"].named_parameters()) for i in range(len(models))]
         ends = [end for i, model in enumerate(models) for end in run(model, x, weights[i], positions)]
-        return sum((end.asinh() for end in ends[1:]), ends[0])  # pyright: ignore
+        return sum((end.asinh() for end in ends[1:]), ends[0].asinh())  # none drowns the others
 
     tables = [nn.ParameterDict({name: nn.Parameter(torch.ones(shape)) for name, shape in SHAPES.items()}) for _ in models]
     return toy_program(body, **{f"weights{i}": table for i, table in enumerate(tables)})[0]
@@ -260,26 +303,42 @@ def run(model: Model, x: Tensor, weights: Weights, positions: Tensor) -> list[Te
     """The values that no step reads."""
     values = [x]
     for step in model:
-        values.append(KINDS[step.kind][0](step, *(values[i] for i in step.inputs), weights, positions))
+        value = KINDS[step.kind][0](step, *(values[i] for i in step.inputs), weights, positions)
+        values.append(value if value.dtype == x.dtype else value.to(x.dtype))
     read = {i for step in model for i in step.inputs}
     return [values[i] for i in range(len(values)) if i not in read]
 
 
-def failure(*models: Model, passes: tuple[Transform, ...] = PASSES) -> str:
-    """Why the passes are wrong about these models; empty when they are right."""
+@dataclass(frozen=True)
+class Outcome:
+    failure: str
+    """Why the passes are wrong, the one that is by name; empty when all are right."""
+    rewrites: Counter[str]
+    """Of each pass."""
+
+
+def outcome(*models: Model, passes: tuple[Transform, ...] = PASSES) -> Outcome:
+    """Run each pass on these models and then once more; the numbers are compared after each."""
     program = build(*models)
-    before, verifier = program.snapshot().as_program(), NumericVerifier(leaf_types(program))
+    states: list[Any] = []
     try:
-        Pipeline(passes).run(program, Target())
-        verifier.compare(before, program, Effect.FUSION)
-        text = str(program).split("inputs:")[1]
-        passes = tuple(item for item in passes if item.name != "prove_packing")  # it is for graphs without semantic ops
-        again = [item.name for item in passes if Pipeline((item,)).run(program, Target()).history[-1].rewrites]
-        if again or str(program).split("inputs:")[1] != text:
-            return f"a second application of {', '.join(again)} changed the program"
+        twice = Pipeline(tuple(item for item in passes for _ in range(2)))
+        twice.run(program, Target(), lambda program, record: states.append(_state(program)), verify="numeric")
     except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
+        return Outcome(f"{type(error).__name__}: {error}", Counter())
+    first, second = program.history[::2], program.history[1::2]
+    changed = [record.name for i, record in enumerate(second) if record.rewrites or states[2 * i] != states[2 * i + 1]]
+    failure = f"a second application of {', '.join(changed)} changed the program" if changed else ""
+    return Outcome(failure, Counter({record.name: record.rewrites for record in first}))
+
+
+def _state(program: Program) -> Any:
+    nodes = [(node, node.target, node.args, node.kwargs) for node in program.graph.graph.nodes]
+    return nodes, dict(program.weights.recipes), [*program.inputs, *program.caches]
+
+
+def failure(*models: Model, passes: tuple[Transform, ...] = PASSES) -> str:
+    return outcome(*models, passes=passes).failure
 
 
 def minimise(model: Model, fails: Callable[[Model], bool]) -> Model:
@@ -302,10 +361,10 @@ def _smaller(model: Model) -> list[Model]:
         for inputs in {(0, step.inputs[1]), (step.inputs[0], 0)} - {step.inputs}
     ]
     plainer = [
-        (*model[:i], replace(step, options=tuple({**dict(step.options), name: values[0]}.items())), *model[i + 1 :])
+        (*model[:i], replace(step, options=tuple({**dict(step.options), name: option.taken[0]}.items())), *model[i + 1 :])
         for i, step in enumerate(model)
-        for name, values in KINDS[step.kind][1].items()
-        if dict(step.options)[name] != values[0]
+        for name, option in KINDS[step.kind][1].items()
+        if dict(step.options)[name] != option.taken[0]
     ]
     return [*dropped, *read_less, *plainer]
 
@@ -324,13 +383,14 @@ def num_nodes(model: Model) -> int:
     return sum(build(model).op_counts().values())
 
 
-def report(seeds: range, passes: tuple[Transform, ...] = PASSES) -> str:
-    """Empty, or for each failing model its smallest failing part, the reason and the program."""
+def report(seeds: Sequence[int], passes: tuple[Transform, ...] = PASSES) -> Outcome:
+    """Of models side by side; for each that fails, its smallest failing part, the reason and the program."""
     models = {seed: random_model(seed) for seed in seeds}
-    if not (together := failure(*models.values(), passes=passes)):
-        return ""
+    together = outcome(*models.values(), passes=passes)
+    if not together.failure:
+        return together
     found = [_smallest(seed, model, passes) for seed, model in models.items() if failure(model, passes=passes)]
-    return "\n\n".join(found) or f"{seeds}, only together: {together}"
+    return Outcome("\n\n".join(found) or f"{seeds}, only together: {together.failure}", together.rewrites)
 
 
 def _smallest(seed: int, model: Model, passes: tuple[Transform, ...]) -> str:

@@ -24,7 +24,7 @@ class Toy(nn.Module):
 
     def __init__(self, body: Callable[[Toy, Tensor, Tensor], Tensor], **modules: nn.Module) -> None:
         super().__init__()
-        self.config: Any = SimpleNamespace(max_position_embeddings=128)
+        self.config: Any = SimpleNamespace(max_position_embeddings=60)
         self.embed, self.head = nn.Embedding(VOCAB, WIDTH), nn.Linear(WIDTH, VOCAB, bias=False)
         self.extra, self.body = nn.ModuleDict(modules), body
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from autodeploy.capture.skeleton import skeleton_of
 from autodeploy.transforms.rewrite import aten, calls, erase_dead, insert_call, insert_parameter, replace_call, val
 from autodeploy.transforms.verify import VerificationError, verify_structure
 from autodeploy.transforms.verify_numeric import NumericVerifier, leaf_types
-from autodeploy.weights import Cast, Cat, Recipe, Take, Unary
+from autodeploy.weights import Cast, Cat, Recipe, Reshape, Slice, Take, Unary
 from tests.models.families import make_model
 from tests.transforms.helpers import family_program
 
@@ -38,6 +38,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "starcoder2": TWO_LAYERS,
     "qwen3": TWO_LAYERS,  # its parameters in bfloat16
     "gpt2": {"n_layer": 2},
+    "youtu": TWO_LAYERS,  # attention over a latent
 }
 
 
@@ -308,7 +309,7 @@ linear, add, mul, getitem, split = (
     operator.getitem,
     aten.split_with_sizes.default,
 )
-G, M, S, Q, P = "granite_swa", "gemma2", "starcoder2", "qwen3", "gpt2"
+G, M, S, Q, P, Y = "granite_swa", "gemma2", "starcoder2", "qwen3", "gpt2", "youtu"
 C, L, X = "canonical", "lowered", "exported"
 
 BUGS = [
@@ -403,6 +404,19 @@ BUGS = [
     Bug("frequencies folded wrongly", "recipe", G, C, PARAMETERS, altered("inv_freq", lambda t: t * 0.5)),
     Bug("recipe of a tensor that is not there", "recipe", G, C, PARAMETERS, recipe("o_proj.weight", lambda _: Take("nowhere"))),
     Bug("head no longer the tied table", "recipe", M, C, PARAMETERS, untied_head),
+    # attention over a latent
+    Bug("rows for keys and for values exchanged", "numbers", Y, C, PARAMETERS, lambda program: queries_by_value_rows(program)),
+    Bug("scale of the longer keys", "numbers", Y, C, PARAMETERS, edit(attend, 4, lambda scale: 40**-0.5)),
+    Bug("shared part of the queries behind the latent", "numbers", Y, C, PARAMETERS, lambda p: latent_parts_exchanged(0)(p)),
+    Bug("shared part of the keys behind the latent", "numbers", Y, C, PARAMETERS, lambda p: latent_parts_exchanged(1)(p)),
+    Bug("values cut from the front of the keys", "numbers", Y, C, PARAMETERS, lambda p: values_from_the_shared_part_on(p)),
+    Bug("values read before their norm", "numbers", Y, C, PARAMETERS, lambda program: latent_before_its_norm(program)),
+    Bug("latent of another layer", "numbers", Y, C, PARAMETERS, lambda program: latent_of_another_layer(program)),
+    Bug("rows for keys one too far", "recipe", Y, C, PARAMETERS, recipe("kv_b_proj.keys", lambda old: moved_on(old))),
+    Bug("rows for values one too near", "recipe", Y, C, PARAMETERS, recipe("kv_b_proj.values", lambda old: moved_on(old, -1))),
+    Bug("rows for values of another head", "recipe", Y, C, PARAMETERS, altered("kv_b_proj.values", lambda t: t.roll(1, 0))),
+    Bug("heads taken for the inner dim of rows", "recipe", Y, C, PARAMETERS, recipe("kv_b_proj.keys", lambda o: regrouped(o))),
+    Bug("latent cache read past its values", "order", Y, L, INPUTS, lambda program: latent_parts_exchanged_when_paged(program)),
     # order and caches
     Bug("read before written", "order", G, L, INPUTS, late_append),
     Bug("a layer appends nothing", "order", G, L, INPUTS, no_append),
@@ -441,6 +455,60 @@ BUGS = [
     Bug("head dim doubled in a view", "shape", G, C, REWRITE, edit(aten.view.default, 1, lambda sizes: [*sizes[:3], 32])),
     Bug("logits of all rows", "shape", G, L, REWRITE, logits_without_gather),
 ]
+
+
+def latent_parts_exchanged(nth: int) -> Damage:
+    """The shared part after the latent one: in the queries (0) or in the keys (1) of the first layer."""
+
+    def damage(program: Program) -> None:
+        node: Any = calls(program, attend)[0].args[nth]
+        node.args = (node.args[0][::-1], *node.args[1:])
+
+    return damage
+
+
+def queries_by_value_rows(program: Program) -> None:
+    """Rows for keys and rows for values have the same shape here."""
+    nodes: Any = calls(program, aten.einsum.default)[:2]
+    rows = [node.args[1][1] for node in nodes]
+    for node, other in zip(nodes, reversed(rows), strict=True):
+        node.args = (node.args[0], [node.args[1][0], other])
+
+
+def latent_parts_exchanged_when_paged(program: Program) -> None:
+    """What is appended ends with the shared part, and values are the last numbers of a slot."""
+    node: Any = calls(program, ops.kv_append)[0].args[0]
+    node.args = (node.args[0][::-1], *node.args[1:])
+
+
+def moved_on(cut: Slice, by: int = 1) -> Slice:
+    return replace(cut, start=cut.start + by, stop=cut.stop + by)
+
+
+def regrouped(cut: Slice) -> Recipe:
+    """Row i of head h is the weight's row i * H + h."""
+    whole: Any = cut.source
+    heads, stride, rank = whole.shape
+    by_row = Altered(Reshape(whole.source, (stride, heads, rank)), lambda t: t.transpose(0, 1).contiguous())
+    return replace(cut, source=by_row)
+
+
+def values_from_the_shared_part_on(program: Program) -> None:
+    """As wide as the latent, but cut from the front of the keys."""
+    node: Any = calls(program, attend)[0]
+    keys, values = node.args[1:3]
+    node.args = (*node.args[:2], insert_call(program, node, aten.slice.Tensor, keys, 3, 0, val(values).shape[3]), *node.args[3:])
+
+
+def latent_before_its_norm(program: Program) -> None:
+    node: Any = calls(program, attend)[0]
+    latent = node.args[2]
+    before_norm = insert_call(program, node, latent.target, latent.args[0].args[0], *latent.args[1:])
+    node.args = (*node.args[:2], before_norm, *node.args[3:])
+
+
+def latent_of_another_layer(program: Program) -> None:
+    take(attend, 2, 0, 1)(program)
 
 
 def replace_by_rms(program: Program) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import re
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,12 +15,13 @@ from torch import fx
 
 from autodeploy import Pipeline, Program, Target, Transform, TransformError, default_pipeline
 from autodeploy import custom_ops as ops
-from autodeploy.errors import ProgramFileError
+from autodeploy.errors import ConfigError, ProgramFileError
 from autodeploy.transforms.base import Effect
 from autodeploy.transforms.cleanup import Cleanup
 from autodeploy.transforms.match_mlp import MatchMLP
+from autodeploy.transforms.pipeline import _changes
 from autodeploy.transforms.reproducer import read_reproducer
-from autodeploy.transforms.rewrite import calls, insert_call, val
+from autodeploy.transforms.rewrite import calls, insert_call, replace_call, val
 from autodeploy.weights import Take
 from tests.transforms.helpers import family_program
 
@@ -263,7 +265,7 @@ def test_passes_go_on_from_a_loaded_program(pristine: Program, tmp_path: Path) -
     ("spoil", "message"),
     [
         (lambda text: text[:-40], "cannot be read"),
-        (lambda text: text.replace('"version": 1', '"version": 7'), "not a program of format 1"),
+        (lambda text: text.replace('"version": 2', '"version": 7'), "not a program of format 2"),
         (lambda text: text.replace("aten.silu.default", "aten.sum.default"), "was saved as.*but aten.sum.default gives"),
     ],
 )
@@ -276,8 +278,6 @@ def test_a_spoiled_program_file_is_refused(spoil: Any, message: str, pristine: P
 
 
 def test_a_snapshot_costs_less_than_ten_milliseconds_per_thousand_nodes() -> None:
-    import time
-
     program, _ = family_program("qwen3", num_hidden_layers=8)
     seconds = []
     for _ in range(5):
@@ -287,7 +287,135 @@ def test_a_snapshot_costs_less_than_ten_milliseconds_per_thousand_nodes() -> Non
     assert min(seconds) <= 0.010 * len(program.graph.graph.nodes) / 1000
 
 
+def test_finding_nothing_changed_costs_less_than_ten_milliseconds_per_thousand_nodes() -> None:
+    program, _ = family_program("qwen3", num_hidden_layers=8)
+    snapshot, seconds = program.snapshot(), []
+    for _ in range(5):
+        started = time.perf_counter()
+        assert _changes(snapshot, program) == ""
+        seconds.append(time.perf_counter() - started)
+    assert min(seconds) <= 0.010 * len(program.graph.graph.nodes) / 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Silent(Transform):
+    """Does the damage of that name, if any, and says that it made `returned` rewrites."""
+
+    name: ClassVar[str] = "silent"
+    change: str = ""
+    returned: Any = 0
+
+    def apply(self, program: Program, target: Target) -> int:
+        SILENT[self.change](program)
+        return self.returned
+
+
+def other_activation(program: Program) -> None:
+    node = calls(program, aten.silu.default)[0]
+    replace_call(program, node, aten.relu.default, node.args[0])
+
+
+def other_meta_tensor(program: Program) -> None:
+    program.graph.get_submodule("lm_head").weight = torch.nn.Parameter(torch.empty(3, device="meta"))
+
+
+SILENT: dict[str, Any] = {
+    "": lambda program: None,
+    "calls": other_activation,
+    "arguments": swapped_operands,
+    "recipe": changed_recipe,
+    "inputs": other_input,
+    "parameters": other_meta_tensor,
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "shown"),
+    [
+        ("calls", "+1 aten.relu, -1 aten.silu"),
+        ("arguments", "arguments or order of calls"),
+        ("recipe", "weights"),
+        ("inputs", "inputs"),
+        ("parameters", "parameters"),
+    ],
+)
+def test_a_pass_that_counts_nothing_may_change_nothing(change: str, shown: str, pristine: Program) -> None:
+    program = pristine.snapshot().as_program()
+    before = str(program)
+    with pytest.raises(TransformError, match=rf"returned 0 but changed the program \({re.escape(shown)}\); return the number"):
+        Pipeline((Silent(change=change),)).run(program, Target(), verify="off")
+    assert str(program) == before
+    program.check()
+
+
+@pytest.mark.parametrize("returned", [None, True, "1", 1.0, -1])
+def test_a_pass_returns_a_count(returned: Any, pristine: Program) -> None:
+    program = pristine.snapshot().as_program()
+    message = re.escape(f"transform 'silent': VerificationError: apply returned {returned!r}; it must return how many")
+    with pytest.raises(TransformError, match=message):
+        Pipeline((Silent(returned=returned, change="calls"),)).run(program, Target())
+    assert str(program) == str(pristine)
+
+
+def test_a_pass_that_finds_nothing_goes_through(pristine: Program) -> None:
+    program = pristine.snapshot().as_program()
+    assert Pipeline((Silent(),)).run(program, Target()).history[-1].rewrites == 0
+
+
+def test_a_pass_in_a_function_is_not_promised_a_replay(pristine: Program) -> None:
+    class Local(Silent):
+        name = "local"
+
+    with pytest.raises(TransformError, match=r"first move .*Local to a module that can be imported") as caught:
+        Pipeline((Local(returned=None),)).run(pristine.snapshot().as_program(), Target())
+    folder = Path(re.search(r"replay (\S+)", str(caught.value))[1])  # pyright: ignore
+    with pytest.raises(ProgramFileError, match="Local was defined in a script or inside a function"):
+        read_reproducer(folder)
+    text = (folder / "reproducer.json").read_text()
+    (folder / "reproducer.json").write_text(
+        re.sub(r'"module": "[^"]*",\s*"class": "[^"]*"', '"module": "__main__", "class": "A"', text)
+    )
+    with pytest.raises(ProgramFileError, match=r"__main__\.A was defined in a script"):
+        read_reproducer(folder)
+
+
+def test_a_name_stands_once_in_a_pipeline() -> None:
+    for edit in (
+        lambda: default_pipeline().insert_after("cleanup", MatchMLP()),
+        lambda: default_pipeline().replace("cleanup", MatchMLP()),
+    ):
+        with pytest.raises(ConfigError, match="'match_mlp' is already in the pipeline; give the second one another name"):
+            edit()
+    assert default_pipeline().replace("match_mlp", MatchMLP()) == default_pipeline()
+
+
+@pytest.mark.parametrize(
+    ("item", "shown"), [(MatchMLP, r"the class MatchMLP; write MatchMLP\(\)"), (len, "<built-in function len>")]
+)
+def test_a_pipeline_holds_passes(item: Any, shown: str) -> None:
+    with pytest.raises(ConfigError, match=f"a pipeline holds instances of Transform, not {shown}"):
+        default_pipeline().insert_after("cleanup", item)
+
+
+def test_a_pass_without_a_name_is_refused_where_it_is_defined() -> None:
+    with pytest.raises(TypeError, match="the pass Nameless needs a name"):
+
+        class Nameless(Transform):
+            def apply(self, program: Program, target: Target) -> int:
+                return 0
+
+
+@pytest.mark.parametrize("option", ["name", "effect", "foo"])
+def test_only_fields_are_options(option: str) -> None:
+    with pytest.raises(ConfigError, match=f"pass 'cleanup' has no option '{option}'. It has: none"):
+        default_pipeline().configure("cleanup", **{option: 1})
+
+
 def test_effects_are_declared() -> None:
     declared = {item.name: item.effect for item in default_pipeline()}
     assert declared["fuse_linears"] is Effect.PARAMETERS
-    assert {name for name, effect in declared.items() if effect is Effect.INPUTS} == {"insert_paged_attention", "gather_logits"}
+    assert {name for name, effect in declared.items() if effect is Effect.INPUTS} == {
+        "insert_paged_attention",
+        "insert_states",
+        "gather_logits",
+    }

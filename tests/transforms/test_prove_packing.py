@@ -25,7 +25,18 @@ def positions_by_cumsum(toy, x, positions):
     return x + torch.ones_like(positions).cumsum(-1)[..., None].float()
 
 
-@pytest.mark.parametrize("body", [positions_by_arange, positions_by_arange_from_two, positions_by_cumsum])
+def positions_by_table(toy, x, positions):
+    return x + toy.embed.weight[: x.shape[1]]
+
+
+def positions_by_table_from_two(toy, x, positions):
+    return x + toy.embed.weight[2 : x.shape[1] + 2]
+
+
+BY_TABLE = [positions_by_table, positions_by_table_from_two]
+
+
+@pytest.mark.parametrize("body", [*BY_TABLE, positions_by_arange, positions_by_arange_from_two, positions_by_cumsum])
 def test_counting_along_the_row_becomes_position_ids(body) -> None:
     program, toy = toy_program(body)
     assert apply(program, Cleanup(), ProvePacking())[1] == 1
@@ -51,15 +62,16 @@ MIXING = {
     "shift": lambda toy, x, p: torch.cat([x[:, :1], x[:, :-1]], dim=1),
     "roll": lambda toy, x, p: x.roll(1, 1),
     "flip": lambda toy, x, p: x.flip(1),
-    "scores": lambda toy, x, p: (x @ x.transpose(1, 2)).softmax(-1) @ x,
+    "scores": lambda toy, x, p: (x @ x.transpose(1, 2)).relu() @ x,
     "convolution": lambda toy, x, p: torch.conv1d(x.transpose(1, 2), toy.embed.weight[:16, :, None]).transpose(1, 2),
     "largest position": lambda toy, x, p: x * p.max(),
     "row length": lambda toy, x, p: x * x.shape[1],
+    "last rows of a table": lambda toy, x, p: x + toy.embed.weight[-x.shape[1] :],
     "twice the row length": lambda toy, x, p: x * (2 * x.shape[1]),
     "filled with the row length": lambda toy, x, p: x + torch.full_like(x, x.shape[1]),
     "pick": lambda toy, x, p: x[:, p[0].flip(0)],
     "reshape across": lambda toy, x, p: x.reshape(4, -1, 4).transpose(0, 1).reshape(1, -1, 16),
-    "einsum": lambda toy, x, p: torch.einsum("bth,bsh->bts", x, x).softmax(-1) @ x,
+    "einsum": lambda toy, x, p: torch.einsum("bth,bsh->bts", x, x).relu() @ x,
 }
 
 

@@ -1,0 +1,159 @@
+"""What was measured: runs, engines, and the summary of the runs of one engine in one cell."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import statistics
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from autodeploy.bench.ceilings import Machine, ModelSize, decode_ceiling, e2e_ceiling, prefill_ceiling
+from autodeploy.bench.metrics import RunTimes, latencies
+from autodeploy.bench.watch import QUIET
+from autodeploy.bench.workload import Cell
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of one engine in one cell."""
+
+    times: RunTimes
+    foreign_cores: float
+    is_spread: bool = False
+    """The times of single tokens are not known: they are spread evenly."""
+
+    @property
+    def is_noisy(self) -> bool:
+        return self.foreign_cores > QUIET
+
+
+@dataclass
+class EngineResult:
+    """One engine's process: what it is, how it started, what it took and all its runs."""
+
+    name: str
+    versions: dict[str, str] = field(default_factory=dict)
+    load_seconds: float | None = None
+    first_token_seconds: float | None = None
+    """From the start of its process."""
+    is_noisy_start: bool = False
+    peak_anon_bytes: int = 0
+    error: str = ""
+    runs: dict[Cell, list[Run]] = field(default_factory=dict)
+
+    def median(self, cell: Cell, rate: Callable[[RunTimes], float | None]) -> float | None:
+        """Of one figure over the runs of a cell."""
+        values = [value for run in self.runs.get(cell, ()) if (value := rate(run.times)) is not None]
+        return statistics.median(values) if values else None
+
+    def decode_rate(self, cell: Cell) -> float | None:
+        return self.median(cell, lambda times: times.decode_rate)
+
+    def e2e_rate(self, cell: Cell) -> float | None:
+        return self.median(cell, lambda times: times.e2e_rate)
+
+    def prefill_rate(self, cell: Cell) -> float | None:
+        return self.median(cell, lambda times: times.prefill_rate(cell.input_len))
+
+    def is_noisy(self, cell: Cell) -> bool:
+        return any(run.is_noisy for run in self.runs.get(cell, ()))
+
+    def as_json(self) -> dict[str, Any]:
+        fields = ("name", "versions", "load_seconds", "first_token_seconds", "peak_anon_bytes", "error")
+        return {**{name: getattr(self, name) for name in fields}, "cells": [self._cell(cell) for cell in self.runs]}
+
+    def _cell(self, cell: Cell) -> dict[str, Any]:
+        times = [run.times for run in self.runs[cell]]
+        return {
+            **asdict(cell),
+            "decode_rate": self.decode_rate(cell),
+            "e2e_rate": self.e2e_rate(cell),
+            "prefill_rate": self.prefill_rate(cell),
+            "is_noisy": self.is_noisy(cell),
+            "token_times_are_spread_evenly": any(run.is_spread for run in self.runs[cell]),
+            "latency_seconds": {name: spread and asdict(spread) for name, spread in latencies(times).items()},
+            "runs": [
+                {
+                    "decode_rate": run.times.decode_rate,
+                    "e2e_rate": run.times.e2e_rate,
+                    "prefill_rate": run.times.prefill_rate(cell.input_len),
+                    "foreign_cores": run.foreign_cores,
+                }
+                for run in self.runs[cell]
+            ],
+        }
+
+
+@dataclass
+class Results:
+    """One command's measurements; `engines[0]` is autodeploy."""
+
+    model: str
+    cells: list[Cell]
+    threads: int
+    machine: Machine
+    size: ModelSize
+    engines: list[EngineResult]
+    weight_bytes: int
+    """Of the parameters as compiled."""
+    pool_bytes: int
+    not_installed: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def ours(self) -> EngineResult:
+        return self.engines[0]
+
+    def ceiling(self, kind: str, cell: Cell) -> float | None:
+        """Tokens per second; None where the figure does not exist. kind: decode, e2e or prefill."""
+        if (kind != "prefill" and cell.output_len == 1) or (kind == "prefill" and cell.num_requests > 1):
+            return None
+        return {"decode": decode_ceiling, "e2e": e2e_ceiling, "prefill": prefill_ceiling}[kind](self.machine, self.size, cell)
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "computer": computer(),
+            "threads": self.threads,
+            "model": self.model,
+            "limits": asdict(self.machine),
+            "size": asdict(self.size),
+            "weight_bytes": self.weight_bytes,
+            "pool_bytes": self.pool_bytes,
+            "ceilings": [
+                {**asdict(cell), **{kind: self.ceiling(kind, cell) for kind in ("decode", "e2e", "prefill")}}
+                for cell in self.cells
+            ],
+            "engines": [engine.as_json() for engine in self.engines],
+            "not_installed": self.not_installed,
+        }
+
+
+def computer() -> dict[str, Any]:
+    """What the figures were measured on."""
+    info = Path("/proc/cpuinfo")
+    name = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
+    return {
+        "cpu": name[1] if name else platform.processor(),
+        "cores": available_cores(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "system": platform.platform(),
+        "python": platform.python_version(),
+    }
+
+
+def available_cores() -> int:
+    """Cores this process may use: by its affinity, and by the quota of its control group."""
+    allowed = len(os.sched_getaffinity(0))
+    quota = Path("/sys/fs/cgroup/cpu.max")
+    limit, period = quota.read_text().split() if quota.exists() else ("max", "1")
+    return allowed if limit == "max" else max(1, min(allowed, int(limit) // int(period)))
+
+
+def best_rate(rates: Iterable[float | None]) -> float | None:
+    """The largest; None when there is none."""
+    return max((rate for rate in rates if rate is not None), default=None)

@@ -1,0 +1,52 @@
+"""The loop of a worker process: a line of JSON in, a line of JSON out. What libraries print goes to standard error."""
+
+import importlib
+import json
+import os
+import sys
+import time
+import traceback
+from typing import Any
+
+IGNORED = {"do"}
+
+
+def main() -> None:
+    begun = time.perf_counter()
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    worker = Worker(sys.argv[1], begun)
+    for line in sys.stdin:
+        request = json.loads(line)
+        try:
+            answer = worker.do(request["do"], {key: value for key, value in request.items() if key not in IGNORED})
+        except Exception as error:
+            traceback.print_exc()
+            answer = {"error": " ".join(f"{type(error).__name__}: {error}".split())[:500]}
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+    worker.close()
+
+
+class Worker:
+    """`import` loads the file of an engine; then its functions are called by name, with the time they ended."""
+
+    def __init__(self, name: str, begun: float) -> None:
+        self.name, self.begun = name, begun
+        self.module: Any = None
+
+    def do(self, name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        if self.module is None:
+            self.module = importlib.import_module(f"worker_{self.name}")
+        imported = time.perf_counter()
+        answer = getattr(self.module, name)(**arguments)
+        return {**answer, "begun": self.begun, "imported": imported, "at": time.perf_counter()}
+
+    def close(self) -> None:
+        """Let an engine end its threads."""
+        if (close := getattr(self.module, "close", None)) is not None:
+            close()
+
+
+if __name__ == "__main__":  # an engine may start processes that import this file again
+    main()

@@ -1,0 +1,93 @@
+"""autodeploy itself: `load`, `run`."""
+
+import threading
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Any
+
+import autodeploy
+from autodeploy import LLM, SamplingParams
+
+llm: Any = None
+
+
+class Stopwatch:
+    """Stands where a request's detokenizer does, and notes when each token comes: one time for all tokens of a step."""
+
+    text = ""
+
+    def __init__(self, clock: "StepClock") -> None:
+        self.clock, self.submitted, self.times = clock, 0.0, list[float]()
+
+    def append(self, token_ids: Sequence[int]) -> str:
+        self.times += [self.clock.now()] * len(token_ids)
+        return ""
+
+    def finish(self) -> str:
+        return ""
+
+
+class StepClock:
+    """The time at which the first token of the present step was there."""
+
+    def __init__(self, executor: Any) -> None:
+        self.executor, self.step, self.time = executor, -1, 0.0
+
+    def now(self) -> float:
+        if self.step != self.executor.num_steps:
+            self.step, self.time = self.executor.num_steps, time.perf_counter()
+        return self.time
+
+
+def load(model: str, threads: int, options: dict[str, Any]) -> dict[str, Any]:
+    """torch takes its threads from the environment."""
+    started = time.perf_counter()
+    globals()["llm"] = LLM(model, skip_tokenizer_init=True, **options)
+    versions = {"autodeploy": autodeploy.__version__, **{name: version(name) for name in ("torch", "transformers")}}
+    return {"versions": versions, "constructed_from": started}
+
+
+def phases() -> dict[str, Any]:
+    """Seconds of start-up so far, by phase."""
+    timeline = llm.compiled.timeline
+    return {"seconds": timeline.seconds, "cpu_seconds": timeline.cpu_seconds}
+
+
+def facts() -> dict[str, Any]:
+    """What the arithmetic needs of the model as compiled, and what it takes."""
+    compiled = llm.compiled
+    specs = list(compiled.program.caches.values())
+    paged = [spec for spec in specs if spec.pool != "states"]
+    return {
+        "kv": [[spec.bytes_per_unit(1), getattr(spec, "window", 0)] for spec in paged],
+        "state_bytes": sum(spec.bytes_per_unit(1) for spec in specs if spec.pool == "states"),
+        "weight_bytes": sum(compiled.program.parameter(name).nbytes for name in compiled.program.weights),
+        "pool_bytes": sum(cache.nbytes for cache in compiled.runner.caches),
+    }
+
+
+def run(prompts: list[list[int]], output_len: int, concurrency: int) -> dict[str, Any]:
+    """Each of `concurrency` clients hands in the next prompt when its last one is done."""
+    params = SamplingParams(max_tokens=output_len, ignore_eos=True)
+    clock, watches, waiting = StepClock(llm.compiled.executor), [], iter(prompts)
+    lock = threading.Lock()
+
+    def client() -> None:
+        while True:
+            with lock:
+                prompt = next(waiting, None)
+                if prompt is None:
+                    return
+                watch = Stopwatch(clock)
+                watches.append(watch)
+                watch.submitted = time.perf_counter()
+                handle = llm.compiled.submit(prompt, params, detokenizer=watch)
+            handle.result()
+
+    clients = [threading.Thread(target=client) for _ in range(concurrency)]
+    for each in clients:
+        each.start()
+    for each in clients:
+        each.join()
+    return {"requests": [{"submitted": watch.submitted, "tokens": watch.times} for watch in watches]}

@@ -1,0 +1,47 @@
+"""Linear layers: aten.linear, and a provider whose weights are laid out for oneDNN once, while loading."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from autodeploy.custom_ops.op import Provider, adopted_op
+
+PACKED_DTYPES = (torch.bfloat16, torch.float32)
+MIN_WEIGHT = 1 << 16
+"""Numbers of the smallest weight worth packing: below, a call costs its dispatch and nothing else."""
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [..., K], weight [N, K], bias [N] -> [..., N]."""
+    return F.linear(x, weight, bias)
+
+
+def packed_linear(x: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
+    """As `linear`, of a weight as `pack` has made it."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def pack(weight: Tensor, call: Mapping[str, Any] | None = None) -> Any:
+    """The weight [N, K] in oneDNN's own layout: opaque, with no storage to look at."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), None)
+
+
+def against_packing(target: Any, x: Tensor, weight: Tensor, bias: Tensor | None = None, *_: Any) -> list[str]:
+    """The reasons against laying out a weight for oneDNN."""
+    checks = {
+        f"it runs on CPUs, not on {target.device}": target.device != "cpu",
+        "this torch has no oneDNN": not torch.backends.mkldnn.is_available(),
+        f"it has no {str(weight.dtype).removeprefix('torch.')}": weight.dtype not in PACKED_DTYPES or x.dtype != weight.dtype,
+        "the bias has another dtype": bias is not None and bias.dtype != weight.dtype,
+        "the weight is too small to gain by it": weight.numel() < MIN_WEIGHT,
+    }
+    return [reason for reason, holds in checks.items() if holds]
+
+
+linear_op = adopted_op(torch.ops.aten.linear.default, linear)
+linear_op.register(Provider("onednn", packed_linear, against_packing, {"weight": pack}))

@@ -1,0 +1,74 @@
+"""Parameters as the chosen providers want them: packed once while loading, dense only where something reads them so."""
+
+from __future__ import annotations
+
+import ctypes
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, fx
+
+from autodeploy.custom_ops import PROVIDED
+from autodeploy.program import Program
+
+
+@dataclass
+class ParameterUses:
+    """Who reads a parameter of a lowered program."""
+
+    packers: dict[str, Callable[[Tensor], Any]] = field(default_factory=dict)
+    """Attribute of the executable graph -> what makes it of the parameter."""
+    dense: bool = False
+    """Something reads it as it is."""
+
+    def store(self, tensors: dict[str, Any], name: str, tensor: Tensor) -> None:
+        """Put the parameter among the tensors of the executable graph in every form in which it is read."""
+        for attribute, pack in self.packers.items():
+            tensors[attribute] = pack(tensor)
+        if self.dense:
+            tensors[name] = tensor
+
+
+def parameter_uses(program: Program) -> dict[str, ParameterUses]:
+    """By parameter name."""
+    uses: dict[str, ParameterUses] = defaultdict(ParameterUses)
+    for node in program.graph.graph.nodes:
+        for user in node.users if node.op == "get_attr" else ():
+            use, packed = uses[str(node.target)], dict(_packed(user, node))
+            use.packers |= packed
+            if user.all_input_nodes.count(node) and not packed:
+                use.dense = True
+    return dict(uses)
+
+
+def release_freed_memory() -> None:
+    """Give the heap's free pages back to the system: what loading needed for a moment. Nothing happens where libc cannot."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def read_packed(graph: fx.Graph) -> None:
+    """Calls of providers that pack read the packed form."""
+    for node in [node for node in graph.nodes if node.op == "get_attr"]:
+        for user in list(node.users):
+            for attribute, _ in _packed(user, node):
+                with graph.inserting_before(node):
+                    user.replace_input_with(node, graph.get_attr(attribute))
+        if not node.users:
+            graph.erase_node(node)
+
+
+def _packed(call: fx.Node, parameter: fx.Node) -> Iterator[tuple[str, Callable[[Tensor], Any]]]:
+    """(attribute, how it is made) for each argument in which a call reads that parameter packed."""
+    if call.target not in PROVIDED:
+        return
+    op, provider = PROVIDED[call.target]
+    names = (argument.name for argument in op.overload._schema.arguments)
+    arguments = dict(zip(names, call.args, strict=False)) | call.kwargs
+    for name, pack in provider.packs.items():
+        if arguments[name] is parameter:
+            attribute = f"packed_{provider.name}_{name}_{str(parameter.target).replace('.', '_')}"
+            yield attribute, lambda tensor, pack=pack: pack(tensor, arguments)

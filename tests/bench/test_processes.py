@@ -1,0 +1,127 @@
+"""Workers, watches and where peers are: real processes."""
+
+import runpy
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from autodeploy.bench.metrics import RequestTimes, RunTimes
+from autodeploy.bench.peers import Engine, find, variable
+from autodeploy.bench.plot import Bars, bar_chart
+from autodeploy.bench.startup import REST, TOTAL, seconds_of
+from autodeploy.bench.watch import Watch
+from autodeploy.bench.worker import WORKERS, Worker, WorkerError
+from autodeploy.errors import ConfigError
+
+BUSY = "import time\nuntil = time.monotonic() + 60\nwhile time.monotonic() < until: pass"
+LARGE = "print(end='', flush=True); held = bytearray(b'x') * 200_000_000; print(len(held), flush=True); input()"
+
+
+@pytest.fixture
+def busy() -> Iterator[int]:
+    process = subprocess.Popen([sys.executable, "-c", BUSY])
+    yield process.pid
+    process.kill()
+    process.wait()
+
+
+def test_the_work_of_others_is_told_from_that_of_the_measured_process(busy: int) -> None:
+    other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    with Watch(busy) as own, Watch(other.pid) as foreign:
+        other_wait(0.8)
+    other.communicate(b"\n")
+    assert foreign.foreign_cores - own.foreign_cores > 0.15  # the busy process, whatever else runs here
+
+
+def other_wait(seconds: float) -> None:
+    subprocess.run([sys.executable, "-c", f"import time; time.sleep({seconds})"], check=True)
+
+
+def test_peak_memory_is_that_of_the_process_and_its_children() -> None:
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {LARGE!r}])"
+    process = subprocess.Popen([sys.executable, "-c", parent], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    with Watch(process.pid) as watch:
+        assert process.stdout is not None and process.stdout.readline().strip() == "200000000"
+        other_wait(0.7)
+    process.communicate("\n")
+    assert 200e6 < watch.peak_anon_bytes < 300e6
+
+
+def test_a_worker_answers_and_says_what_went_wrong() -> None:
+    with Worker("limits") as worker:
+        found = worker.ask("measure", threads=1, dtype="float32", seconds=0.01)
+        assert 1e8 < found["read_rate"] < 1e13 and 1e9 < found["flop_rate"] < 1e15
+        assert worker.started < found["begun"] < found["imported"] < found["at"]
+        with pytest.raises(WorkerError, match=r"limits: AttributeError: .*no_dtype"):
+            worker.ask("measure", threads=1, dtype="no_dtype", seconds=0.01)
+        worker.ask("measure", threads=1, dtype="float32", seconds=0.01)
+
+
+def test_a_worker_that_dies_is_an_error_with_its_last_words() -> None:
+    with Worker("hf", python="/bin/false") as worker, pytest.raises(WorkerError, match="hf: its process ended with code 1"):
+        worker.ask("load")
+
+
+def test_a_worker_that_does_not_answer_is_ended(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nexec sleep 60\n")
+    python.chmod(0o755)
+    with Worker("hf", python=str(python)) as worker:
+        worker.patience = 0.3
+        with pytest.raises(WorkerError, match="hf: its process ended with code -9"):
+            worker.ask("load")
+
+
+def test_engines_that_are_not_there_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("vllm", "openvino", "llamacpp"):
+        monkeypatch.delenv(variable(name), raising=False)
+    found, absent = find("hf,hf-cb,vllm,openvino,llamacpp", ["vllm=/nowhere/python", "llamacpp=/nowhere"])
+    assert [engine.name for engine in found][:2] == ["hf", "hf-cb"]
+    assert absent["vllm"] == "not installed: there is no /nowhere/python"
+    assert variable("llamacpp") in absent["llamacpp"]
+    with pytest.raises(ConfigError, match="Did you mean 'vllm'"):
+        find("vlm", [])
+    with pytest.raises(ConfigError, match="NAME=PATH"):
+        find("hf", ["vllm"])
+
+
+def test_the_environment_names_another_python(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.symlink_to(sys.executable)
+    monkeypatch.setenv("AUTODEPLOY_BENCH_HF_CB", str(python))
+    found, absent = find("hf-cb", [])
+    assert not found and "named" not in absent  # a bare link has no packages, so nothing can be imported there
+    assert str(python) in absent["hf-cb"]
+    monkeypatch.setenv("AUTODEPLOY_BENCH_HF_CB", sys.executable)
+    assert find("hf-cb", []) == ([Engine("hf-cb", sys.executable)], {})
+
+
+def test_phases_of_a_start_add_up() -> None:
+    loaded = {"begun": 100.1, "imported": 102.0}
+    seconds = seconds_of(100.0, loaded, {"export": 3.0, "passes": 1.0}, RequestTimes(107.0, (107.5,)))
+    assert list(seconds) == ["start of Python", "imports", "export", "passes", "first token", REST, TOTAL]
+    assert seconds[TOTAL] == 7.5
+    assert sum(value for name, value in seconds.items() if name != TOTAL) == pytest.approx(7.5)
+    assert seconds[REST] == pytest.approx(1.0)
+
+
+def test_llamacpps_two_times_become_the_rates_it_prints() -> None:
+    spread = runpy.run_path(str(WORKERS / "worker_llamacpp.py"))["spread"]
+    request = spread(0.5, 12.7, 128)
+    times = RunTimes((RequestTimes(request["submitted"], tuple(request["tokens"])),))
+    assert times.decode_rate == pytest.approx(127 / 12.7)
+    assert times.prefill_rate(128) == pytest.approx(256)
+
+
+def test_a_picture_has_a_bar_per_value_and_a_line_per_limit() -> None:
+    text = bar_chart("tokens & seconds", ["a", "b"], [Bars("one", (1.0, None), 3.0), Bars("two", (2.0, 2.5))])
+    tree = ElementTree.fromstring(text)
+    kinds = [element.tag.rpartition("}")[2] for element in tree]
+    assert kinds.count("rect") == 1 + 2 + 3  # the back, two keys, three bars
+    assert kinds.count("line") == 2  # a limit and its key
+    bars = [float(element.attrib["height"]) for element in tree if element.attrib.get("width") == "30"]
+    assert bars == pytest.approx([80.0, 160.0, 200.0])

@@ -1,0 +1,102 @@
+"""Weights are laid out for oneDNN once, while loading; what is read as it is stays as it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import autodeploy
+from autodeploy import SamplingParams
+from autodeploy.custom_ops.linear import linear_op, pack, packed_linear
+from autodeploy.specs import Target
+from tests.models.families import make_model
+from tests.models.parity import check_logits
+
+WIDE = {"hidden_size": 256, "intermediate_size": 512, "vocab_size": 512, "head_dim": 64}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with weights large enough to pack, embedding and head tied."""
+    path = tmp_path_factory.mktemp("model")
+    make_model("qwen3", tie_word_embeddings=True, **WIDE).save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [0, 1, 7, 64])
+def test_a_packed_weight_gives_what_linear_gives(dtype: torch.dtype, bias: bool, rows: int) -> None:
+    x, weight = torch.randn(1, rows, 96, dtype=dtype), torch.randn(160, 96, dtype=dtype)
+    offset = torch.randn(160, dtype=dtype) if bias else None
+    ours, expected = packed_linear(x, pack(weight), offset), F.linear(x, weight, offset)
+    assert ours.shape == expected.shape and ours.dtype == dtype
+    assert rows == 0 or float((ours - expected).abs().max() / expected.abs().max()) <= (1e-6 if dtype == torch.float32 else 2**-8)
+
+
+def test_reasons_against_packing() -> None:
+    x, weight = torch.randn(1, 4, 512), torch.randn(512, 512)
+    assert linear_op.choose(Target(), x, weight, parameters=["weight"])[0].name == "onednn"
+    against = {
+        "computed in the graph": linear_op.choose(Target(), x, weight),
+        "not on cuda": linear_op.choose(Target(device="cuda"), x, weight, parameters=["weight"]),
+        "float16": linear_op.choose(Target(), x.half(), weight.half(), parameters=["weight"]),
+        "too small": linear_op.choose(Target(), x[..., :8], weight[:, :8], parameters=["weight"]),
+    }
+    for reason, (provider, reasons) in against.items():
+        assert provider.name == "reference" and reason in " ".join(reasons["onednn"]), reason
+
+
+def test_a_model_is_packed_when_it_is_loaded_and_computes_the_same(folder: Path) -> None:
+    plain = autodeploy.compile(folder, pipeline=lambda passes: passes.configure("select_kernels", pack=False))
+    packed = autodeploy.compile(folder)
+    assert packed.program.op_counts()["linear.packed_linear"] == 8 and packed.program.op_counts()["linear.linear"] == 1
+    tensors = tensors_of(packed)
+    assert sum(name.startswith("packed_onednn_weight_") for name in tensors) == 8
+    assert not [
+        name
+        for name, tensor in tensors.items()
+        if not name.startswith("packed") and tensor.dim() > 1 and not name.startswith("model.embed")
+    ]
+    prompts, params = [[5, 6, 7], [9] * 40], SamplingParams(max_tokens=12, ignore_eos=True)
+    handles = [[compiled.submit(ids, params) for ids in prompts] for compiled in (plain, packed)]
+    first, second = ([handle.result().outputs[0].token_ids for handle in each] for each in handles)
+    assert first == second
+    plain.shutdown()
+    packed.shutdown()
+
+
+def test_a_tied_embedding_is_not_packed_for_the_head_so_that_no_second_copy_stays(folder: Path) -> None:
+    compiled = autodeploy.compile(folder)
+    names = tensors_of(compiled)
+    assert "model.embed_tokens.weight" in names and not [name for name in names if "packed" in name and "embed" in name]
+    assert "read as it is elsewhere" in compiled.report()
+    compiled.shutdown()
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_experts_are_packed_each_by_itself(family: str) -> None:
+    model = make_model(family, hidden_size=256, intermediate_size=256, num_local_experts=4)
+    compiled = autodeploy.compile(model)
+    assert {choice.provider for choice in compiled.program.providers["moe"]} == {"onednn"}
+    check_logits(model, compiled)
+    packed = [value for name, value in tensors_of(compiled).items() if name.startswith("packed_onednn_down_")]
+    compiled.shutdown()
+    assert packed and all(isinstance(value, list) and len(value) == 4 for value in packed)
+
+
+def tensors_of(compiled: autodeploy.CompiledModel) -> dict[str, Any]:
+    """Everything that the executable graph reads, by the name it has there."""
+    module: Any = compiled.runner.module  # pyright: ignore[reportAttributeAccessIssue]
+    found: dict[str, Any] = {}
+    for node in module.graph.nodes:
+        if node.op == "get_attr":
+            value = module
+            for part in str(node.target).split("."):
+                value = getattr(value, part)
+            found[str(node.target)] = value
+    return found
