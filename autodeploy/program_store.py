@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 from warnings import warn
 
+from autodeploy.cache_folder import cache_folder
+
 MANIFEST, LOCK = "manifest.json", ".lock"
 FORMAT_VERSION = 1
 UNFINISHED, MAX_AGE = ".new-", 3600.0
@@ -31,12 +33,8 @@ class Miss(Exception):
 
 
 def default_folder() -> Path | None:
-    """$AUTODEPLOY_CACHE_DIR (off: None), $XDG_CACHE_HOME/autodeploy or ~/.cache/autodeploy; in it, programs."""
-    given = os.environ.get("AUTODEPLOY_CACHE_DIR")
-    if given == "off":
-        return None
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "autodeploy"
-    return (Path(given) if given else base) / "programs"
+    """Of programs, in the cache folder; None when $AUTODEPLOY_CACHE_DIR is "off"."""
+    return None if os.environ.get("AUTODEPLOY_CACHE_DIR") == "off" else cache_folder() / "programs"
 
 
 def key_of(facts: Facts) -> str:

@@ -18,13 +18,13 @@ PACKAGE = ROOT / "autodeploy"
 
 # Each line: parts of the package <- the parts they may import, besides their own line and all that lies further upstream.
 ARROWS = {
-    ("errors", "config", "specs"): (),
+    ("errors", "config", "specs", "cache_folder"): (),
     ("custom_ops",): ("errors", "config", "specs"),
     ("weights",): ("custom_ops",),
     ("checkpoint", "codec"): ("weights",),
     ("graph_file",): ("codec",),
     ("program",): ("graph_file",),
-    ("program_store",): (),
+    ("program_store",): ("cache_folder",),
     ("program_key",): ("checkpoint", "program_store"),
     ("program_cache",): ("program", "program_key"),
     ("transforms",): ("program",),
@@ -45,6 +45,7 @@ TORCH_FREE = {
     "autodeploy.config",
     "autodeploy.errors",
     "autodeploy.specs",
+    "autodeploy.cache_folder",
     "autodeploy.demo_questions",
     "autodeploy.program_store",
     "autodeploy.executor.request",

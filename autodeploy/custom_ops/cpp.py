@@ -1,0 +1,181 @@
+"""Own C++ kernels for CPUs: built once by the compiler that is there, for what this CPU can do, and called with plain pointers.
+
+The sources need no torch header, so a build takes seconds. `AUTODEPLOY_NO_CPP=1` does without them, `AUTODEPLOY_CPP_ISA` chooses a
+lower instruction set of `ISAS`, `AUTODEPLOY_CPP_SANITIZE=1` builds with ASan and UBSan (libasan must then be preloaded).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from autodeploy.cache_folder import cache_folder
+
+SOURCES = Path(__file__).parent / "kernels"
+ISAS = {
+    "avx512_bf16": ("avx512f", "avx512bw", "avx512dq", "avx512vl", "fma", "avx512_bf16"),
+    "avx512": ("avx512f", "avx512bw", "avx512dq", "avx512vl", "fma"),
+    "avx2": ("avx2", "fma"),
+    "generic": (),
+}
+"""Instruction sets, best first, each with the CPU flags it needs; they are the compiler's flags too, less the underscores."""
+FLAGS = (
+    "-std=c++20",
+    "-O3",
+    "-fPIC",
+    "-fopenmp",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-ffp-contract=fast",
+    "-Wall",
+    "-Wno-psabi",
+)
+SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g", "-O1")
+TYPES = {"p": ctypes.c_void_p, "l": ctypes.c_int64, "f": ctypes.c_float}
+
+
+class BuildError(Exception):
+    """The kernels cannot be had; the text says why."""
+
+
+def against_cpp(target: Any) -> list[str]:
+    """The reasons against own C++ kernels on this machine; the first question builds them."""
+    if target.device != "cpu":
+        return [f"it runs on CPUs, not on {target.device}"]
+    library = kernels()
+    return [str(library)] if isinstance(library, BuildError) else []
+
+
+class Kernel:
+    """A C function of the kernels, bound at its first call.
+
+    signature: one letter an argument: p a pointer (of a tensor: `data_ptr()`; None is null), l an integer, f a float.
+    """
+
+    def __init__(self, name: str, signature: str) -> None:
+        self.name, self.signature = name, signature
+
+    @cached_property
+    def bound(self) -> Any:
+        library = kernels()
+        if isinstance(library, BuildError):
+            raise library
+        function = getattr(library, f"autodeploy_{self.name}")
+        function.argtypes, function.restype = [TYPES[letter] for letter in self.signature], None
+        return function
+
+    def __call__(self, *args: Any) -> None:
+        self.bound(*args)
+
+
+def isas() -> list[str]:
+    """The instruction sets of this CPU, best first."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    flags = next((line.split() for line in lines if line.startswith("flags")), [])
+    return [name for name, needed in ISAS.items() if set(needed) <= set(flags)]
+
+
+def isa() -> str:
+    """The instruction set kernels are built for."""
+    chosen = os.environ.get("AUTODEPLOY_CPP_ISA") or isas()[0]
+    if chosen not in isas():
+        raise BuildError(f"AUTODEPLOY_CPP_ISA={chosen} is not one of this CPU: {', '.join(isas())}")
+    return chosen
+
+
+@cache
+def kernels() -> ctypes.CDLL | BuildError:
+    """The compiled kernels, or why there are none."""
+    if os.environ.get("AUTODEPLOY_NO_CPP", "0") not in ("", "0"):
+        return BuildError("AUTODEPLOY_NO_CPP is set")
+    try:
+        return ctypes.CDLL(str(_built()))
+    except (BuildError, OSError) as error:
+        return BuildError(f"the C++ kernels are not to be had: {error}")
+
+
+def _built() -> Path:
+    """The library of these sources, compiler and instruction set; its name is their hash, and a second file holds its own."""
+    compiler = _compiler()
+    flags = [*FLAGS, *(f"-m{flag.replace('_', '')}" for flag in ISAS[isa()])]
+    flags += SANITIZE if os.environ.get("AUTODEPLOY_CPP_SANITIZE") else ()
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
+    digest = hashlib.sha256(repr((flags, version, platform.machine(), torch.__version__)).encode())
+    for path in sorted(SOURCES.iterdir()):
+        digest.update(path.read_bytes())
+    folder = _owned(cache_folder() / "kernels")
+    library = folder / f"{digest.hexdigest()[:32]}.so"
+    with _locked(folder):
+        if not _is_intact(library):
+            _build(compiler, flags, library)
+    return library
+
+
+def _compiler() -> str:
+    for name in (os.environ.get("CXX"), "g++", "clang++", "c++"):
+        if name and (found := shutil.which(name)):
+            return found
+    raise BuildError("no C++ compiler was found (g++, clang++, c++ or $CXX)")
+
+
+def _build(compiler: str, flags: list[str], library: Path) -> None:
+    """Each source by a compiler of its own, all at once, then the linker."""
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        objects = [(path, Path(folder) / f"{path.stem}.o") for path in sorted(SOURCES.glob("*.cpp"))]
+        running = [
+            subprocess.Popen([compiler, *flags, "-c", str(path), "-o", str(into)], stderr=subprocess.PIPE, text=True)
+            for path, into in objects
+        ]
+        for process in running:
+            _check(process.communicate()[1], process.returncode)
+        new = Path(folder) / library.name
+        link = [compiler, *flags, "-shared", *(str(into) for _, into in objects), "-o", str(new)]
+        linked = subprocess.run(link, capture_output=True, text=True, check=False)
+        _check(linked.stderr, linked.returncode)
+        _checksum_of(library).write_text(hashlib.sha256(new.read_bytes()).hexdigest())
+        new.replace(library)
+
+
+def _check(errors: str, status: int) -> None:
+    if status:
+        raise BuildError(f"the compiler failed: {errors.strip()[:2000]}")
+
+
+def _checksum_of(library: Path) -> Path:
+    return library.with_suffix(".sha256")
+
+
+def _is_intact(library: Path) -> bool:
+    if not library.exists() or not _checksum_of(library).exists():
+        return False
+    return hashlib.sha256(library.read_bytes()).hexdigest() == _checksum_of(library).read_text()
+
+
+def _owned(folder: Path) -> Path:
+    """The folder, made for its owner alone; what others could have written there is not loaded."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = folder.stat()
+    if found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise BuildError(f"{folder} belongs to others or can be written by others; chmod 700 it, or set AUTODEPLOY_CACHE_DIR")
+    return folder
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,118 @@
+// What every kernel shares: numbers of 16 bits, vectors of floats in whatever width the CPU has, and the split of work.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#include <omp.h>
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+#elif defined(__AVX2__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+
+// GCC's vector extension: one source for every instruction set.
+using Vec = float __attribute__((vector_size(LANES * 4)));
+using IntVec = int32_t __attribute__((vector_size(LANES * 4)));
+using WordVec = uint32_t __attribute__((vector_size(LANES * 4)));
+using HalfVec = uint16_t __attribute__((vector_size(LANES * 2)));
+
+struct bf16 {
+    uint16_t bits;
+};
+
+inline float widen(float x) { return x; }
+inline float widen(bf16 x) { return __builtin_bit_cast(float, uint32_t(x.bits) << 16); }
+
+inline Vec all(float x) { return x - Vec{}; }
+
+inline Vec load(const float* from) {
+    Vec x;
+    memcpy(&x, from, sizeof x);
+    return x;
+}
+
+inline Vec load(const bf16* from) {
+    HalfVec x;
+    memcpy(&x, from, sizeof x);
+    return __builtin_bit_cast(Vec, __builtin_convertvector(x, WordVec) << 16);
+}
+
+inline void store(float* to, Vec x) { memcpy(to, &x, sizeof x); }
+
+// To nearest, ties to even, as torch does; not a number stays one.
+inline void store(bf16* to, Vec x) {
+    const WordVec bits = __builtin_bit_cast(WordVec, x);
+    const WordVec rounded = bits + 0x7fff + ((bits >> 16) & 1);
+    const WordVec quiet = bits | 0x400000;
+    const HalfVec half = __builtin_convertvector((x == x ? rounded : quiet) >> 16, HalfVec);
+    memcpy(to, &half, sizeof half);
+}
+
+template <typename T>
+inline void store_one(T* to, float x) {
+    if constexpr (sizeof(T) == 4) {
+        memcpy(to, &x, 4);
+    } else {
+        const uint32_t bits = __builtin_bit_cast(uint32_t, x);
+        const uint32_t rounded = x == x ? bits + 0x7fff + ((bits >> 16) & 1) : bits | 0x400000;
+        *to = T{uint16_t(rounded >> 16)};
+    }
+}
+
+inline float sum(Vec x) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps(x);
+#else
+    float total = 0;
+    for (int i = 0; i < LANES; i++) total += x[i];
+    return total;
+#endif
+}
+
+inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
+
+inline float largest(Vec x) {
+    float found = x[0];
+    for (int i = 1; i < LANES; i++) found = std::max(found, x[i]);
+    return found;
+}
+
+// exp to a relative error of 2e-7: 2^n * 2^f with f in [-1/2, 1/2] by a polynomial; below -87.3 it is 0.
+inline Vec exp(Vec x) {
+    const Vec scaled = x * 1.44269504088896341f;
+    const IntVec whole = __builtin_convertvector(scaled + (scaled < 0 ? all(-0.5f) : all(0.5f)), IntVec);
+    const Vec n = __builtin_convertvector(whole, Vec);
+    const Vec f = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    Vec p = all(1.9875691500e-4f);
+    for (const float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f}) p = p * f + c;
+    p = p * f * f + f + 1.0f;
+    const Vec power = __builtin_bit_cast(Vec, (whole + 127) << 23);
+    const Vec small = x < -87.3f ? Vec{} : p * power;
+    return x > 88.7f ? all(std::numeric_limits<float>::infinity()) : small;
+}
+
+// Calls body(first, last) on each thread with its share of [0, count).
+template <typename Body>
+inline void parallel(int64_t num_threads, int64_t count, Body body) {
+    if (num_threads <= 1 || count <= 1) {
+        body(int64_t(0), count);
+        return;
+    }
+#pragma omp parallel num_threads(int(std::min(num_threads, count)))
+    {
+        const int64_t threads = omp_get_num_threads(), me = omp_get_thread_num();
+        body(count * me / threads, count * (me + 1) / threads);
+    }
+}

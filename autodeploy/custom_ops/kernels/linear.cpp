@@ -1,0 +1,88 @@
+// Linear layers of bfloat16 with weights in panels of 64 rows: [N / 64][K / 2][64][2], so that a whole panel is one stream of memory
+// and each 64 bytes of it are one operand of the CPU's dot product of pairs. Every output is one chain of sums over k in ascending
+// order, whatever the number of rows: a row's result does not depend on the rows beside it.
+#include "common.h"
+
+constexpr int WIDTH = 64;        // outputs of a panel
+constexpr int ROWS = 6;          // rows of x whose sums (6 x 4 vectors) stay in registers
+constexpr int DEPTH = 128;       // pairs of k after which the next rows get their turn: 32 KB of a panel
+constexpr int BLOCK = 192;       // rows of x to a task
+constexpr int PREFETCH = 1024;   // values ahead in the stream
+
+EXPORT void autodeploy_pack_linear(const bf16* weight, bf16* packed, int64_t N, int64_t K, int64_t threads) {
+    const int64_t pairs = (K + 1) / 2;
+    parallel(threads, (N + WIDTH - 1) / WIDTH, [&](int64_t first, int64_t last) {
+        for (int64_t panel = first; panel < last; panel++)
+            for (int64_t pair = 0; pair < pairs; pair++)
+                for (int64_t n = 0; n < WIDTH; n++)
+                    for (int64_t odd = 0; odd < 2; odd++) {
+                        const int64_t row = panel * WIDTH + n, k = 2 * pair + odd;
+                        packed[((panel * pairs + pair) * WIDTH + n) * 2 + odd] = row < N && k < K ? weight[row * K + k] : bf16{0};
+                    }
+    });
+}
+
+#if defined(__AVX512BF16__)
+
+// sums [M][64] += x [M][2 * pairs] times a panel's part.
+template <int M>
+inline void multiply(const bf16* x, int64_t stride, const bf16* panel, int64_t pairs, float* sums) {
+    __m512 total[M][4];
+    for (int m = 0; m < M; m++)
+        for (int c = 0; c < 4; c++) total[m][c] = _mm512_loadu_ps(sums + m * WIDTH + c * 16);
+    for (int64_t pair = 0; pair < pairs; pair++, panel += 2 * WIDTH) {
+        __m512bh w[4];
+        for (int c = 0; c < 4; c++) {
+            w[c] = (__m512bh)_mm512_loadu_si512(panel + c * 32);
+            _mm_prefetch((const char*)(panel + PREFETCH + c * 32), _MM_HINT_T0);
+        }
+        for (int m = 0; m < M; m++) {
+            int32_t two;
+            memcpy(&two, x + m * stride + 2 * pair, 4);
+            const __m512bh both = (__m512bh)_mm512_set1_epi32(two);
+            for (int c = 0; c < 4; c++) total[m][c] = _mm512_dpbf16_ps(total[m][c], both, w[c]);
+        }
+    }
+    for (int m = 0; m < M; m++)
+        for (int c = 0; c < 4; c++) _mm512_storeu_ps(sums + m * WIDTH + c * 16, total[m][c]);
+}
+
+inline void multiply(int64_t M, const bf16* x, int64_t stride, const bf16* panel, int64_t pairs, float* sums) {
+    switch (M) {
+        case 1: return multiply<1>(x, stride, panel, pairs, sums);
+        case 2: return multiply<2>(x, stride, panel, pairs, sums);
+        case 3: return multiply<3>(x, stride, panel, pairs, sums);
+        case 4: return multiply<4>(x, stride, panel, pairs, sums);
+        case 5: return multiply<5>(x, stride, panel, pairs, sums);
+        default: return multiply<6>(x, stride, panel, pairs, sums);
+    }
+}
+
+EXPORT void autodeploy_linear(const bf16* x, int64_t stride, const bf16* packed, const bf16* bias, bf16* out, int64_t M, int64_t N,
+                              int64_t K, int64_t threads) {
+    const int64_t pairs = (K + 1) / 2, panels = (N + WIDTH - 1) / WIDTH, blocks = (M + BLOCK - 1) / BLOCK;
+    const int64_t depth = M <= ROWS ? pairs : DEPTH;
+    parallel(threads, panels * blocks, [&](int64_t first, int64_t last) {
+        alignas(64) float sums[BLOCK * WIDTH];
+        for (int64_t task = first; task < last; task++) {
+            const int64_t panel = task / blocks, top = task % blocks * BLOCK, rows = std::min<int64_t>(BLOCK, M - top);
+            const bf16* weights = packed + panel * pairs * 2 * WIDTH;
+            for (int64_t i = 0; i < rows * WIDTH; i++) sums[i] = 0;
+            for (int64_t pair = 0; pair < pairs; pair += depth)
+                for (int64_t m = 0; m < rows; m += ROWS)
+                    multiply(std::min<int64_t>(ROWS, rows - m), x + (top + m) * stride + 2 * pair, stride,
+                             weights + pair * 2 * WIDTH, std::min(depth, pairs - pair), sums + m * WIDTH);
+            const int64_t width = std::min<int64_t>(WIDTH, N - panel * WIDTH);
+            for (int64_t m = 0; m < rows; m++) {
+                float* row = sums + m * WIDTH;
+                bf16* to = out + (top + m) * N + panel * WIDTH;
+                for (int64_t n = 0; bias && n < width; n++) row[n] += widen(bias[panel * WIDTH + n]);
+                int64_t n = 0;
+                for (; n + LANES <= width; n += LANES) store(to + n, load(row + n));
+                for (; n < width; n++) store_one(to + n, row[n]);
+            }
+        }
+    });
+}
+
+#endif
