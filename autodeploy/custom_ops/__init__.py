@@ -3,12 +3,13 @@
 from autodeploy.custom_ops.attention import attention, kv_append, paged_attention
 from autodeploy.custom_ops.attention_backend import AttentionBackend, LoweredAttention, register_attention_backend
 from autodeploy.custom_ops.conv import causal_conv1d, token_shift
+from autodeploy.custom_ops.cpp_pointwise import largest_of_rows
 from autodeploy.custom_ops.delta_rule import gated_delta_rule
 from autodeploy.custom_ops.linear import linear_op
 from autodeploy.custom_ops.linear_attention import wkv
 from autodeploy.custom_ops.moe import expert_linear, moe
 from autodeploy.custom_ops.op import PROVIDED, SEMANTIC_OPS, Provider, SemanticOp, provider_at_work, semantic_op, symbolic
-from autodeploy.custom_ops.pointwise import gated_activation, layer_norm, rms_norm, rope
+from autodeploy.custom_ops.pointwise import add_rms_norm, gated_activation, layer_norm, rms_norm, rope
 from autodeploy.custom_ops.scan import linear_scan, selective_scan, ssd
 
 __all__ = [
@@ -18,12 +19,14 @@ __all__ = [
     "LoweredAttention",
     "Provider",
     "SemanticOp",
+    "add_rms_norm",
     "attention",
     "causal_conv1d",
     "expert_linear",
     "gated_activation",
     "gated_delta_rule",
     "kv_append",
+    "largest_of_rows",
     "layer_norm",
     "linear_op",
     "linear_scan",
