@@ -1,5 +1,5 @@
 // Norms, rotary embedding, gated activations and the largest number of each row. Everything is computed in float32 and rounded once,
-// where it is stored. Rows lie in two dims, [outer][inner], with any strides, counted in numbers; numbers of a row are neighbours.
+// where it is stored. Strides count numbers; the numbers of a row are neighbours.
 #include "common.h"
 
 #include <type_traits>
@@ -77,6 +77,7 @@ inline void scale_row(const T* x, const T* weight, T* out, int64_t width, float 
     });
 }
 
+// Rows lie in two dims, [outer][inner].
 template <typename T>
 void rms_norm(const T* x, const T* weight, T* out, int64_t outer, int64_t inner, int64_t width, int64_t x_outer, int64_t x_inner,
               int64_t out_outer, int64_t out_inner, float eps, float offset, int64_t threads) {
@@ -156,13 +157,12 @@ inline void rope_by_halves(const T* x, const T* cos, const T* sin, T* out, int64
 
 template <typename T>
 void rope(const T* x, const T* cos, const T* sin, T* out, int64_t heads, int64_t tokens, int64_t width, int64_t x_head,
-          int64_t x_token, int64_t cos_token, int64_t sin_token, int64_t out_head, int64_t out_token, int64_t interleaved,
-          int64_t threads) {
+          int64_t x_token, int64_t out_head, int64_t out_token, int64_t interleaved, int64_t threads) {
     const auto turn = interleaved ? rope_by_pairs<T> : rope_by_halves<T>;
     parallel(threads_for(heads * tokens * width, threads), tokens, [&](int64_t first, int64_t last) {
         for (int64_t t = first; t < last; t++)
             for (int64_t h = 0; h < heads; h++)
-                turn(x + h * x_head + t * x_token, cos + t * cos_token, sin + t * sin_token, out + h * out_head + t * out_token, width);
+                turn(x + h * x_head + t * x_token, cos + t * width, sin + t * width, out + h * out_head + t * out_token, width);
     });
 }
 
@@ -197,17 +197,14 @@ struct Sigmoid {
 };
 
 template <typename T, typename Activation>
-void gated(const T* gate, const T* up, T* out, int64_t outer, int64_t inner, int64_t width, int64_t gate_outer, int64_t gate_inner,
-           int64_t up_outer, int64_t up_inner, int64_t out_outer, int64_t out_inner, int64_t threads) {
-    parallel(threads_for(outer * inner * width, threads), outer * inner, [&](int64_t first, int64_t last) {
-        for (int64_t row = first; row < last; row++) {
-            const int64_t o = row / inner, i = row % inner;
-            const T *g = gate + o * gate_outer + i * gate_inner, *u = up + o * up_outer + i * up_inner;
-            T* to = out + o * out_outer + i * out_inner;
-            each_vector(width, [&](int64_t at, auto count) {
-                store(to + at, Activation::of(load(g + at, count)) * load(u + at, count), count);
+void gated(const T* gate, const T* up, T* out, int64_t rows, int64_t width, int64_t gate_stride, int64_t up_stride,
+           int64_t threads) {
+    parallel(threads_for(rows * width, threads), rows, [&](int64_t first, int64_t last) {
+        for (int64_t row = first; row < last; row++)
+            each_vector(width, [&](int64_t i, auto count) {
+                const Vec activated = Activation::of(load(gate + row * gate_stride + i, count));
+                store(out + row * width + i, activated * load(up + row * up_stride + i, count), count);
             });
-        }
     });
 }
 
@@ -278,23 +275,21 @@ EXPORT void autodeploy_layer_norm(void* x, void* weight, void* bias, void* out, 
 }
 
 EXPORT void autodeploy_rope(void* x, void* cos, void* sin, void* out, int64_t heads, int64_t tokens, int64_t width, int64_t x_head,
-                            int64_t x_token, int64_t cos_token, int64_t sin_token, int64_t out_head, int64_t out_token,
-                            int64_t interleaved, int64_t bytes, int64_t threads) {
+                            int64_t x_token, int64_t out_head, int64_t out_token, int64_t interleaved, int64_t bytes,
+                            int64_t threads) {
     by_size(bytes, [&](auto kind) {
-        rope(as(x, kind), as(cos, kind), as(sin, kind), as(out, kind), heads, tokens, width, x_head, x_token, cos_token, sin_token,
-             out_head, out_token, interleaved, threads);
+        rope(as(x, kind), as(cos, kind), as(sin, kind), as(out, kind), heads, tokens, width, x_head, x_token, out_head, out_token,
+             interleaved, threads);
     });
 }
 
-EXPORT void autodeploy_gated_activation(void* gate, void* up, void* out, int64_t outer, int64_t inner, int64_t width,
-                                        int64_t gate_outer, int64_t gate_inner, int64_t up_outer, int64_t up_inner,
-                                        int64_t out_outer, int64_t out_inner, int64_t activation, int64_t bytes, int64_t threads) {
+EXPORT void autodeploy_gated_activation(void* gate, void* up, void* out, int64_t rows, int64_t width, int64_t gate_stride,
+                                        int64_t up_stride, int64_t activation, int64_t bytes, int64_t threads) {
     by_size(bytes, [&](auto kind) {
         using T = decltype(kind);
         constexpr decltype(&gated<T, Silu>) functions[] = {gated<T, Silu>, gated<T, Gelu>, gated<T, GeluTanh>, gated<T, Relu>,
                                                            gated<T, Sigmoid>};
-        functions[activation](as(gate, kind), as(up, kind), as(out, kind), outer, inner, width, gate_outer, gate_inner, up_outer,
-                              up_inner, out_outer, out_inner, threads);
+        functions[activation](as(gate, kind), as(up, kind), as(out, kind), rows, width, gate_stride, up_stride, threads);
     });
 }
 
