@@ -1,9 +1,9 @@
 """Semantic ops of the graph, each with its reference and its providers."""
 
+from autodeploy.custom_ops import cpp_pointwise  # noqa: F401  (registers its providers)
 from autodeploy.custom_ops.attention import attention, kv_append, paged_attention
 from autodeploy.custom_ops.attention_backend import AttentionBackend, LoweredAttention, register_attention_backend
 from autodeploy.custom_ops.conv import causal_conv1d, token_shift
-from autodeploy.custom_ops.cpp_pointwise import largest_of_rows
 from autodeploy.custom_ops.delta_rule import gated_delta_rule
 from autodeploy.custom_ops.linear import linear_op
 from autodeploy.custom_ops.linear_attention import wkv
@@ -26,7 +26,6 @@ __all__ = [
     "gated_activation",
     "gated_delta_rule",
     "kv_append",
-    "largest_of_rows",
     "layer_norm",
     "linear_op",
     "linear_scan",

@@ -1,4 +1,4 @@
-"""The ops of `pointwise` by own C++ kernels, and the largest number of each row.
+"""The ops of `pointwise` by own C++ kernels.
 
 These calls are many and short: a decode step of 28 layers makes two hundred of them. What can be decided once, while kernels are
 selected, is decided in `supports`.
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from autodeploy.custom_ops import pointwise
-from autodeploy.custom_ops.cpp import BuildError, Kernel, against_cpp, kernels
+from autodeploy.custom_ops.cpp import Kernel, against_cpp
 from autodeploy.custom_ops.op import Provider
 
 DTYPES = (torch.bfloat16, torch.float32)
@@ -23,7 +23,6 @@ _add_rms_norm = Kernel("add_rms_norm", "pppppllffll")
 _layer_norm = Kernel("layer_norm", "ppppllfll")
 _rope = Kernel("rope", "pppp" + "l" * 10)
 _gated_activation = Kernel("gated_activation", "ppp" + "l" * 7)
-_largest_of_rows = Kernel("largest_of_rows", "ppplllll")
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, offset: float, weight_in_float: bool) -> Tensor:
@@ -78,23 +77,6 @@ def gated_activation(gate: Tensor, up: Tensor, activation: str) -> Tensor:
         ACTIVATIONS[activation], gate.itemsize, torch.get_num_threads(),
     )  # fmt: skip
     return out
-
-
-def largest_of_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest number of each row of x [N, V] and where it is first, both [N]; not a number for a row that has such.
-
-    As `torch.max` gives them, but for the dtype of the numbers: it may be float32.
-    """
-    fits = x.device.type == "cpu" and x.dtype in DTYPES and x.stride(-1) == 1 and x.numel() > 0
-    if not fits or isinstance(kernels(), BuildError):
-        highest, indices = x.max(dim=-1)
-        return highest, indices
-    rows, width = x.shape
-    values, indices = torch.empty(rows, dtype=torch.float32), torch.empty(rows, dtype=torch.int64)
-    _largest_of_rows.bound(
-        x.data_ptr(), values.data_ptr(), indices.data_ptr(), rows, width, x.stride(0), x.itemsize, torch.get_num_threads()
-    )
-    return values, indices
 
 
 def _pointer(tensor: Tensor | None) -> int | None:

@@ -1,4 +1,4 @@
-// Norms, rotary embedding, gated activations and the largest number of each row. Everything is computed in float32 and rounded once,
+// Norms, rotary embedding and gated activations. Everything is computed in float32 and rounded once,
 // where it is stored. Strides count numbers; the numbers of a row are neighbours.
 #include "common.h"
 
@@ -43,10 +43,10 @@ inline void store(T* to, Vec x, int64_t count) {
     memcpy(to, part, count * sizeof(T));
 }
 
-// The lanes behind count are something else.
-inline Vec front(Vec x, Whole, float) { return x; }
-inline Vec front(Vec x, int64_t count, float otherwise) {
-    for (int64_t lane = count; lane < LANES; lane++) x[lane] = otherwise;
+// The lanes behind count become zero.
+inline Vec front(Vec x, Whole) { return x; }
+inline Vec front(Vec x, int64_t count) {
+    for (int64_t lane = count; lane < LANES; lane++) x[lane] = 0;
     return x;
 }
 
@@ -115,7 +115,7 @@ void layer_norm(const T* x, const T* weight, const T* bias, T* out, int64_t rows
             const float mean = sum(total) / width;
             Vec squares{};
             each_vector(width, [&](int64_t i, auto count) {
-                const Vec centred = front(load(x + at + i, count) - mean, count, 0);
+                const Vec centred = front(load(x + at + i, count) - mean, count);
                 squares += centred * centred;
             });
             const float factor = 1.0f / std::sqrt(sum(squares) / width + eps);
@@ -208,35 +208,6 @@ void gated(const T* gate, const T* up, T* out, int64_t rows, int64_t width, int6
     });
 }
 
-// The largest number of each row, not a number where there is one, and where it is first.
-template <typename T>
-void largest_of_rows(const T* x, float* values, int64_t* indices, int64_t rows, int64_t width, int64_t stride, int64_t threads) {
-    constexpr int64_t BLOCK = 64 * LANES;
-    parallel(threads_for(rows * width / 8, threads), rows, [&](int64_t first, int64_t last) {
-        for (int64_t row = first; row < last; row++) {
-            const T* from = x + row * stride;
-            float highest = -std::numeric_limits<float>::infinity();
-            int64_t block = 0;
-            bool is_number = true;
-            for (int64_t start = 0; start < width; start += BLOCK) {
-                Vec top = all(-std::numeric_limits<float>::infinity());
-                IntVec unequal{};
-                each_vector(std::min(BLOCK, width - start), [&](int64_t i, auto count) {
-                    const Vec part = front(load(from + start + i, count), count, -std::numeric_limits<float>::infinity());
-                    unequal |= part != part;
-                    top = larger(top, part);
-                });
-                for (int lane = 0; lane < LANES; lane++) is_number &= !unequal[lane];
-                if (const float found = largest(top); found > highest) highest = found, block = start;
-            }
-            int64_t at = block;
-            while (widen(from[at]) != highest && at + 1 < width) at++;
-            values[row] = is_number ? highest : std::numeric_limits<float>::quiet_NaN();
-            indices[row] = at;
-        }
-    });
-}
-
 // What Python calls; bytes is the size of a number: 2 for bfloat16, 4 for float32.
 
 template <typename Function>
@@ -291,9 +262,4 @@ EXPORT void autodeploy_gated_activation(void* gate, void* up, void* out, int64_t
                                                            gated<T, Sigmoid>};
         functions[activation](as(gate, kind), as(up, kind), as(out, kind), rows, width, gate_stride, up_stride, threads);
     });
-}
-
-EXPORT void autodeploy_largest_of_rows(void* x, float* values, int64_t* indices, int64_t rows, int64_t width, int64_t stride,
-                                       int64_t bytes, int64_t threads) {
-    by_size(bytes, [&](auto kind) { largest_of_rows(as(x, kind), values, indices, rows, width, stride, threads); });
 }
