@@ -28,7 +28,7 @@ _gated_activation = Kernel("gated_activation", "ppp" + "l" * 7)
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, offset: float, weight_in_float: bool) -> Tensor:
     """x [T, C], [B, T, C] or [1, T, H, C] with any strides but the last."""
     out = torch.empty_like(x)
-    _rms_norm.bound(
+    _rms_norm(
         x.data_ptr(), _pointer(weight), out.data_ptr(), *_rows(x, out), eps, offset, x.itemsize, torch.get_num_threads()
     )
     return out
@@ -39,7 +39,7 @@ def add_rms_norm(
 ) -> tuple[Tensor, Tensor]:
     """x and residual [..., C], contiguous."""
     total, normed, width = torch.empty_like(x), torch.empty_like(x), x.shape[-1]
-    _add_rms_norm.bound(
+    _add_rms_norm(
         x.data_ptr(), residual.data_ptr(), _pointer(weight), total.data_ptr(), normed.data_ptr(),
         x.numel() // width, width, eps, offset, x.itemsize, torch.get_num_threads(),
     )  # fmt: skip
@@ -49,7 +49,7 @@ def add_rms_norm(
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """x [..., C], contiguous; weight and bias [C]."""
     out, width = torch.empty_like(x), x.shape[-1]
-    _layer_norm.bound(
+    _layer_norm(
         x.data_ptr(), _pointer(weight), _pointer(bias), out.data_ptr(),
         x.numel() // width, width, eps, x.itemsize, torch.get_num_threads(),
     )  # fmt: skip
@@ -62,7 +62,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     _, heads, tokens, width = x.shape
     _, x_head, x_token, _ = x.stride()
     _, out_head, out_token, _ = out.stride()
-    _rope.bound(
+    _rope(
         x.data_ptr(), cos.data_ptr(), sin.data_ptr(), out.data_ptr(), heads, tokens, width,
         x_head, x_token, out_head, out_token, interleaved, x.itemsize, torch.get_num_threads(),
     )  # fmt: skip
@@ -72,7 +72,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
 def gated_activation(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     """gate and up contiguous, or halves of one product: [1, T, I] with any stride between rows."""
     out, width = torch.empty_like(gate), gate.shape[-1]
-    _gated_activation.bound(
+    _gated_activation(
         gate.data_ptr(), up.data_ptr(), out.data_ptr(), gate.numel() // width, width, gate.stride()[-2], up.stride()[-2],
         ACTIVATIONS[activation], gate.itemsize, torch.get_num_threads(),
     )  # fmt: skip

@@ -117,7 +117,9 @@ def distribution(scores: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor
         tokens = torch.arange(len(scores), device=scores.device)
         probabilities = scores.softmax(dim=-1)
     if params.top_p is not None and params.top_p < 1.0:
-        likely = at_least(probabilities, (1.0 - params.top_p) / len(probabilities))  # all others together weigh less than 1 - top_p
+        likely = at_least(
+            probabilities, (1.0 - params.top_p) / len(probabilities)
+        )  # all others together weigh less than 1 - top_p
         probabilities, order = probabilities[likely].sort(descending=True, stable=True)
         mass_before = probabilities.cumsum(dim=-1) - probabilities
         num_kept = int((mass_before < params.top_p).sum())
