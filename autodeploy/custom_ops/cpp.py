@@ -1,7 +1,7 @@
 """Own C++ kernels for CPUs: built once by the compiler that is there, for what this CPU can do, and called with plain pointers.
 
-The sources need no torch header, so a build takes seconds. `AUTODEPLOY_NO_CPP=1` does without them, `AUTODEPLOY_CPP_ISA` chooses a
-lower instruction set of `ISAS`, `AUTODEPLOY_CPP_SANITIZE=1` builds with ASan and UBSan (libasan must then be preloaded).
+The sources need no torch header, so a build takes seconds. `AUTODEPLOY_NO_CPP=1` does without them, `AUTODEPLOY_CPP_ISA` chooses
+a lower instruction set of `ISAS`, `AUTODEPLOY_CPP_SANITIZE=1` builds with ASan and UBSan (libasan must then be preloaded).
 """
 
 from __future__ import annotations
