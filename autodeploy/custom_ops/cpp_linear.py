@@ -1,4 +1,4 @@
-"""Linear layers, experts and embedding tables of bfloat16 in the panels of kernels/linear.cpp, one form for any number of rows."""
+"""Linear layers, experts and embedding tables of bfloat16 in the panels of kernels/linear.cpp, whatever the number of rows."""
 
 from __future__ import annotations
 
