@@ -1,11 +1,12 @@
 """Semantic ops of the graph, each with its reference and its providers."""
 
-from autodeploy.custom_ops import cpp_pointwise  # noqa: F401  (registers its providers)
+from autodeploy.custom_ops import cpp_linear as _cpp_linear  # noqa: F401, registers its providers
+from autodeploy.custom_ops import cpp_pointwise as _cpp_pointwise  # noqa: F401
 from autodeploy.custom_ops.attention import attention, kv_append, paged_attention
 from autodeploy.custom_ops.attention_backend import AttentionBackend, LoweredAttention, register_attention_backend
 from autodeploy.custom_ops.conv import causal_conv1d, token_shift
 from autodeploy.custom_ops.delta_rule import gated_delta_rule
-from autodeploy.custom_ops.linear import linear_op
+from autodeploy.custom_ops.linear import embedding_op, linear_op
 from autodeploy.custom_ops.linear_attention import wkv
 from autodeploy.custom_ops.moe import expert_linear, moe
 from autodeploy.custom_ops.op import PROVIDED, SEMANTIC_OPS, Provider, SemanticOp, provider_at_work, semantic_op, symbolic
@@ -22,6 +23,7 @@ __all__ = [
     "add_rms_norm",
     "attention",
     "causal_conv1d",
+    "embedding_op",
     "expert_linear",
     "gated_activation",
     "gated_delta_rule",

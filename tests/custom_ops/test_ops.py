@@ -165,6 +165,7 @@ CALLS = {
         0.0,
         0.0,
     ),
+    "embedding": lambda: (torch.randn(9, 6), torch.randint(0, 9, (1, 5))),
     "linear": lambda: (torch.randn(1, 5, 8), torch.randn(6, 8), torch.randn(6)),
     "expert_linear": lambda: (torch.randn(5, 8), torch.randint(0, 3, (5,)), torch.randn(3, 6, 8)),
     "kv_append": lambda: (torch.randn(1, 2, 5, 6), torch.randn(1, 2, 5, 3), torch.zeros(4, 2, 2, 9), torch.arange(5)),
