@@ -28,9 +28,7 @@ _gated_activation = Kernel("gated_activation", "ppp" + "l" * 7)
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, offset: float, weight_in_float: bool) -> Tensor:
     """x [T, C], [B, T, C] or [1, T, H, C] with any strides but the last."""
     out = torch.empty_like(x)
-    _rms_norm(
-        x.data_ptr(), _pointer(weight), out.data_ptr(), *_rows(x, out), eps, offset, x.itemsize, torch.get_num_threads()
-    )
+    _rms_norm(x.data_ptr(), _pointer(weight), out.data_ptr(), *_rows(x, out), eps, offset, x.itemsize, torch.get_num_threads())
     return out
 
 
