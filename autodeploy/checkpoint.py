@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from autodeploy.errors import CheckpointError, did_you_mean
-from autodeploy.weights import Initial, Recipe, Take
+from autodeploy.recipes import Initial, Recipe, Take
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")

@@ -23,8 +23,9 @@ from autodeploy.program import FILE_NAME as PROGRAM
 from autodeploy.program import Program, decode_program
 from autodeploy.program_key import NotCacheable, facts_of
 from autodeploy.program_store import Facts, Store, default_folder
+from autodeploy.recipes import Convert, Initial, Recipe
 from autodeploy.specs import ModelFacts, Target
-from autodeploy.weights import Convert, Initial, Recipe, TensorSource
+from autodeploy.weights import TensorSource
 
 INITIAL, MODEL = "initial.safetensors", "model.json"
 

@@ -21,10 +21,11 @@ from autodeploy.capture.match_attention import match_attention
 from autodeploy.capture.patches import CaptureState, applied, rope_thresholds, rotary_kinds, where_defined
 from autodeploy.errors import UnsupportedModelError
 from autodeploy.program import Program
+from autodeploy.recipes import Initial, Recipe, Take
 from autodeploy.specs import INPUTS
 from autodeploy.transforms.prove_packing import source_of
 from autodeploy.transforms.rewrite import erase_unused
-from autodeploy.weights import Initial, Recipe, Take, WeightPlan
+from autodeploy.weights import WeightPlan
 
 EXAMPLE_TOKENS = 19
 """Length traced with; the graph may not depend on it (checked)."""

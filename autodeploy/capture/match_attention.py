@@ -18,10 +18,10 @@ from autodeploy.capture.scores import ScoreRule, Scores
 from autodeploy.custom_ops.attention import Visible
 from autodeploy.errors import UnsupportedModelError
 from autodeploy.program import Program, op_name
+from autodeploy.recipes import Initial
 from autodeploy.transforms.cleanup import is_identity
 from autodeploy.transforms.prove_packing import Walk, source_of
 from autodeploy.transforms.rewrite import CASTS, arguments, aten, derived_value, erase_dead, insert_call, insert_parameter, val
-from autodeploy.weights import Initial
 
 SOFTMAX = {aten.softmax.int, aten._softmax.default}
 PRODUCTS = {aten.matmul.default: (0, 1), aten.bmm.default: (0, 1), aten.baddbmm.default: (1, 2)}

@@ -10,11 +10,11 @@ from torch import Tensor, fx
 
 from autodeploy import custom_ops as ops
 from autodeploy.program import Program
+from autodeploy.recipes import Recipe, Reshape, Slice
 from autodeploy.specs import Target
 from autodeploy.transforms.base import Effect, Transform
 from autodeploy.transforms.rewrite import arguments, aten, calls, insert_call, insert_parameter, val
 from autodeploy.transforms.trace_moves import Trace
-from autodeploy.weights import Recipe, Reshape, Slice
 
 LENGTHS = (2, 3)
 """Numbers of tokens that a layout is read at; it must be the same one."""

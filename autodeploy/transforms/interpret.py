@@ -12,7 +12,7 @@ from torch.fx.node import map_aggregate
 
 from autodeploy.custom_ops import PROVIDED
 from autodeploy.program import Program
-from autodeploy.weights import Recipe, evaluate
+from autodeploy.recipes import Recipe, evaluate
 
 
 def draw(name: str, dtype: str, shape: tuple[int, ...]) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from autodeploy.capture.conversions import recipes_of
 from autodeploy.codec import decode_recipe, encode_recipe
-from autodeploy.weights import Recipe, Take, evaluate
+from autodeploy.recipes import Recipe, Take, evaluate
 
 LEAVES = {"a": torch.randn(4, 6), "b": torch.randn(4, 6), "c": torch.randn(2, 3, 4)}
 CONVERSIONS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {

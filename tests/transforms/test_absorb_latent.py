@@ -14,6 +14,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 import autodeploy
 from autodeploy import Program, Target, UnsupportedModelError, default_pipeline
 from autodeploy import custom_ops as ops
+from autodeploy.recipes import Reshape, Slice, Take, evaluate, substitute
 from autodeploy.specs import LatentKV
 from autodeploy.transforms.absorb_latent import AbsorbLatent
 from autodeploy.transforms.cleanup import Cleanup
@@ -21,7 +22,6 @@ from autodeploy.transforms.insert_paged_attention import InsertPagedAttention
 from autodeploy.transforms.pipeline import Pipeline
 from autodeploy.transforms.rewrite import calls
 from autodeploy.transforms.verify_numeric import NumericVerifier, leaf_types
-from autodeploy.weights import Reshape, Slice, Take, evaluate, substitute
 from tests.models.families import COMMON, LATENT, make_model
 from tests.models.parity import check_logits
 from tests.transforms.helpers import WIDTH, apply, family_program, toy_program
