@@ -17,32 +17,37 @@ class Recipe:
     def sources(self) -> tuple[Recipe, ...]:
         return ()
 
-    def leaves(self) -> Iterator[Recipe]:
+    def leaves(self) -> Iterator[Leaf]:
         """Every `Take` and `Initial` below."""
-        if not self.sources:
-            yield self
         for source in self.sources:
             yield from source.leaves()
 
     def apply(self, *tensors: Tensor) -> Tensor:
-        raise AssertionError(f"{type(self).__name__} is a leaf")
+        """This step alone, of its sources' tensors."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
-class Take(Recipe):
-    """A tensor of the checkpoint folder or of the live model, by its name there."""
+class Leaf(Recipe):
+    """What is fetched by name, not made of anything."""
 
     name: str
+
+    def leaves(self) -> Iterator[Leaf]:
+        yield self
+
+
+@dataclass(frozen=True)
+class Take(Leaf):
+    """A tensor of the checkpoint folder or of the live model, by its name there."""
 
     def __str__(self) -> str:
         return self.name
 
 
 @dataclass(frozen=True)
-class Initial(Recipe):
+class Initial(Leaf):
     """A value that no checkpoint holds: a non-persistent buffer or a constant, as the model's constructor made it."""
-
-    name: str
 
     def __str__(self) -> str:
         return f"initial({self.name})"
@@ -166,12 +171,12 @@ class Convert(Recipe):
         return self.convert(collected)[self.target]
 
 
-Fetch = Callable[[Recipe], Tensor]
+Fetch = Callable[[Leaf], Tensor]
 
 
 def evaluate(recipe: Recipe, fetch: Fetch) -> Tensor:
     """The recipe's tensor; `fetch` answers for the leaves. May share memory with a leaf."""
-    if not recipe.sources:
+    if isinstance(recipe, Leaf):
         return fetch(recipe)
     return recipe.apply(*(evaluate(source, fetch) for source in recipe.sources))
 

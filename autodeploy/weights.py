@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from autodeploy.recipes import Cast, Cat, Fetch, Initial, Join, Recipe, Stack, Take, evaluate, substitute
+from autodeploy.recipes import Cast, Cat, Fetch, Initial, Join, Leaf, Recipe, Stack, evaluate, substitute
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class TensorSource(Protocol):
     @property
     def mapped(self) -> bool: ...
 
-    def fetch(self, leaf: Recipe) -> Tensor: ...
+    def fetch(self, leaf: Leaf) -> Tensor: ...
 
 
 @dataclass
@@ -55,8 +55,7 @@ class LiveSource:
     initial: Mapping[str, Tensor] = field(default_factory=dict)
     mapped: bool = False
 
-    def fetch(self, leaf: Recipe) -> Tensor:
-        assert isinstance(leaf, Take | Initial)
+    def fetch(self, leaf: Leaf) -> Tensor:
         return (self.initial if isinstance(leaf, Initial) else self.tensors)[leaf.name]
 
 
@@ -68,7 +67,7 @@ def materialize(plan: WeightPlan, source: TensorSource, device: str = "cpu") -> 
     for name, recipe in plan.recipes.items():
         fetched: list[Tensor] = []
 
-        def fetch(leaf: Recipe, fetched: list[Tensor] = fetched) -> Tensor:
+        def fetch(leaf: Leaf, fetched: list[Tensor] = fetched) -> Tensor:
             fetched.append(source.fetch(leaf))
             return fetched[-1]
 
@@ -95,7 +94,7 @@ def _shape_of(recipe: Recipe, fetch: Fetch) -> Tensor:
 
     Joins are computed here: torch's own on meta tensors are written in Python, and the first one imports dynamo (2 s).
     """
-    if not recipe.sources:
+    if isinstance(recipe, Leaf):
         return torch.empty_like(fetch(recipe), device="meta")
     like = [_shape_of(source, fetch) for source in recipe.sources]
     if not isinstance(recipe, Join):

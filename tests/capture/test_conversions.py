@@ -41,7 +41,7 @@ def test_moves_of_numbers_are_recipes(name: str) -> None:
     recipe = recorded(CONVERSIONS[name])
     assert recipe is not None
     for same in (recipe, decode_recipe(encode_recipe(recipe))):
-        assert torch.equal(evaluate(same, lambda leaf: LEAVES[leaf.name]), CONVERSIONS[name](**LEAVES))  # pyright: ignore
+        assert torch.equal(evaluate(same, lambda leaf: LEAVES[leaf.name]), CONVERSIONS[name](**LEAVES))
     assert decode_recipe(encode_recipe(recipe)) == recipe
 
 
