@@ -18,7 +18,8 @@ from torch.fx.graph import CodeGen
 from autodeploy.capture.functional import functionalize, mutates
 from autodeploy.capture.masks import prove_masks
 from autodeploy.capture.match_attention import match_attention
-from autodeploy.capture.patches import CaptureState, applied, rope_thresholds, rotary_kinds, where_defined
+from autodeploy.capture.patches import CaptureState, applied, rope_thresholds, rotary_kinds
+from autodeploy.capture.registry import where_defined
 from autodeploy.errors import UnsupportedModelError
 from autodeploy.program import Program
 from autodeploy.recipes import Initial, Recipe, Take
