@@ -34,7 +34,7 @@ class SelectKernels(Transform):
                 args, kwargs = fx.map_arg((node.args, node.kwargs), val)  # pyright: ignore
                 provider, against = op.choose(target, *args, parameters=_parameters(node, shared) if self.pack else (), **kwargs)
                 node.target = provider.function
-                _record(program, op.name, Choice(provider.name, {name: tuple(why) for name, why in against.items()}))
+                program.note_choice(op.name, Choice(provider.name, {name: tuple(why) for name, why in against.items()}))
                 rewrites += 1
         return rewrites
 
@@ -52,10 +52,3 @@ def _shared(program: Program) -> set[str]:
         if node.op == "get_attr":
             readers[str(node.target)] |= {symbolic(user.target) for user in node.users}
     return {name for name, targets in readers.items() if len(targets) > 1}
-
-
-def _record(program: Program, op: str, choice: Choice) -> None:
-    """Note a choice beside those made for other calls of the same op, unless it is one of them."""
-    choices = program.providers.get(op, ())
-    if choice not in choices:
-        program.providers[op] = (*choices, choice)
