@@ -43,7 +43,8 @@ class CheckpointSource:
             listed: dict[str, str] = read_json(self.folder / INDEX).get("weight_map", {})
             for name in sorted(set(listed.values())):
                 self._open(name)
-            absent = sorted(key for key, name in listed.items() if key not in self._files[name].keys())  # noqa: SIM118
+            held = {name: set(file.keys()) for name, file in self._files.items()}
+            absent = sorted(key for key, name in listed.items() if key not in held[name])
             if absent:
                 raise CheckpointError(
                     f"{self.folder}: {INDEX} lists {some(absent)}, not in the files it names. Download the folder again."

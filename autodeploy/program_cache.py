@@ -110,9 +110,7 @@ def place_of(args: LLMArgs, target: Target, passes: Iterable[Any] | None, *, is_
         raw_config(Path(args.model))
         source = CheckpointSource(Path(args.model))
         return Place(Store(folder), facts_of(args, target, passes, source), source)
-    except NotCacheable as error:
-        return str(error)
-    except (CheckpointError, OSError) as error:  # the capture says what is wrong with the folder
+    except (NotCacheable, CheckpointError, OSError) as error:  # what is wrong with a folder, the capture says again
         return str(error)
 
 

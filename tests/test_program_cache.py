@@ -345,7 +345,7 @@ FACTS = {"a": "1"}
 
 
 def write(store: Store, content: bytes = b"content", facts: dict[str, str] = FACTS) -> None:
-    store.write(facts, "model", lambda new: [(new / name).write_bytes(content) for name in ("x", "y")])  # type: ignore
+    store.write(facts, "model", lambda new: [(new / name).write_bytes(content) for name in ("x", "y")])
 
 
 def test_only_the_owner_may_enter(tmp_path: Path) -> None:
