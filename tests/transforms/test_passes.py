@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from autodeploy import ConfigError, TransformError, default_pipeline
+from autodeploy.recipes import Cat, Take
 from autodeploy.specs import Target
 from autodeploy.transforms.cleanup import Cleanup
 from autodeploy.transforms.fuse_linears import FuseLinears
@@ -17,7 +18,6 @@ from autodeploy.transforms.match_mlp import MatchMLP
 from autodeploy.transforms.match_norm import MatchNorm
 from autodeploy.transforms.match_rope import MatchRope
 from autodeploy.transforms.select_kernels import SelectKernels
-from autodeploy.weights import Cat, Take
 from tests.transforms.helpers import WIDTH, apply, family_program, toy_program
 
 
