@@ -1,5 +1,6 @@
 """Semantic ops of the graph, each with its reference and its providers."""
 
+from autodeploy.custom_ops import cpp_attention
 from autodeploy.custom_ops.attention import attention, kv_append, paged_attention
 from autodeploy.custom_ops.attention_backend import AttentionBackend, LoweredAttention, register_attention_backend
 from autodeploy.custom_ops.conv import causal_conv1d, token_shift
@@ -20,6 +21,7 @@ __all__ = [
     "SemanticOp",
     "attention",
     "causal_conv1d",
+    "cpp_attention",
     "expert_linear",
     "gated_activation",
     "gated_delta_rule",
