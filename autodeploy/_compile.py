@@ -1,4 +1,7 @@
-"""compile(): a Hugging Face model -> a CompiledModel that computes logits and generates."""
+"""compile(): a Hugging Face model -> a CompiledModel that computes logits and generates.
+
+A stored program needs neither passes nor transformers: what does (`_lower`, `plugins`) is imported where it is used.
+"""
 
 from __future__ import annotations
 
@@ -78,7 +81,7 @@ def _lowered(args: LLMArgs, timeline: Timeline, *observers: Observer) -> Lowered
             note = f"not used: {place}"
         except Miss as error:
             note = f"miss: {error}"
-    from autodeploy._lower import lower  # only now: a stored program runs without transformers
+    from autodeploy._lower import lower
 
     lowered, initial = lower(args, edited or pipeline_of(args), _target(args), timeline, *observers)
     if isinstance(place, Place):
@@ -98,7 +101,7 @@ def refuse_other_models(model: Any) -> None:
 
 def pipeline_of(args: LLMArgs) -> Pipeline:
     """The passes that these options ask for."""
-    from autodeploy.plugins import edited_pipeline  # a stored program needs no passes
+    from autodeploy.plugins import edited_pipeline
 
     return edited_pipeline(args.pipeline, args.plugins, _target(args))
 

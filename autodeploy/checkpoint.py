@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from autodeploy.errors import CheckpointError, did_you_mean
-from autodeploy.weights import Initial, Recipe, Take
+from autodeploy.recipes import Initial, Leaf
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -43,7 +43,8 @@ class CheckpointSource:
             listed: dict[str, str] = read_json(self.folder / INDEX).get("weight_map", {})
             for name in sorted(set(listed.values())):
                 self._open(name)
-            absent = sorted(key for key, name in listed.items() if key not in self._files[name].keys())  # noqa: SIM118
+            held = {name: set(file.keys()) for name, file in self._files.items()}
+            absent = sorted(key for key, name in listed.items() if key not in held[name])
             if absent:
                 raise CheckpointError(
                     f"{self.folder}: {INDEX} lists {some(absent)}, not in the files it names. Download the folder again."
@@ -82,14 +83,12 @@ class CheckpointSource:
         stored = self._files[self._file_of[name]].get_slice(name)
         return torch.empty(stored.get_shape(), dtype=_DTYPES.get(stored.get_dtype(), torch.uint8), device="meta")
 
-    def describe_leaf(self, leaf: Recipe) -> Tensor:
-        assert isinstance(leaf, Take)
+    def describe_leaf(self, leaf: Leaf) -> Tensor:
         return self.describe(leaf.name)
 
-    def fetch(self, leaf: Recipe) -> Tensor:
+    def fetch(self, leaf: Leaf) -> Tensor:
         if isinstance(leaf, Initial):
             return self.initial[leaf.name]
-        assert isinstance(leaf, Take)
         return self._files[self._file_of[leaf.name]].get_tensor(leaf.name)
 
 

@@ -11,8 +11,8 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from autodeploy.custom_ops import PROVIDED, SEMANTIC_OPS
+from autodeploy.recipes import Cast, Cat, Initial, Permute, Recipe, Reshape, Slice, Stack, Take
 from autodeploy.specs import InputSpec
-from autodeploy.weights import Cast, Cat, Initial, Permute, Recipe, Reshape, Slice, Stack, Take
 
 TORCH_CONSTANTS = (torch.dtype, torch.memory_format, torch.layout)
 SIZE_ARITHMETIC = (operator.add, operator.sub, operator.mul, operator.floordiv, operator.truediv, operator.mod, operator.neg)

@@ -339,7 +339,6 @@ class LLMArgs(_Options):
     verify: Literal["off", "structure", "numeric"] = Field(
         default="structure", description="what is checked after each graph pass"
     )
-
     program_cache: bool | Path = Field(
         default=True,
         description="whether lowered programs of checkpoint folders are stored and used again, or the folder for them",

@@ -23,8 +23,9 @@ from autodeploy.program import FILE_NAME as PROGRAM
 from autodeploy.program import Program, decode_program
 from autodeploy.program_key import NotCacheable, facts_of
 from autodeploy.program_store import Facts, Store, default_folder
+from autodeploy.recipes import Convert, Initial, Recipe
 from autodeploy.specs import ModelFacts, Target
-from autodeploy.weights import Convert, Initial, Recipe, TensorSource
+from autodeploy.weights import TensorSource
 
 INITIAL, MODEL = "initial.safetensors", "model.json"
 
@@ -109,9 +110,7 @@ def place_of(args: LLMArgs, target: Target, passes: Iterable[Any] | None, *, is_
         raw_config(Path(args.model))
         source = CheckpointSource(Path(args.model))
         return Place(Store(folder), facts_of(args, target, passes, source), source)
-    except NotCacheable as error:
-        return str(error)
-    except (CheckpointError, OSError) as error:  # the capture says what is wrong with the folder
+    except (NotCacheable, CheckpointError, OSError) as error:  # what is wrong with a folder, the capture says again
         return str(error)
 
 

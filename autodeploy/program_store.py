@@ -81,7 +81,7 @@ class Store:
         warn(f"the stored program {self.folder / key_of(facts)} is ignored and built again: {why}", RuntimeWarning, stacklevel=3)
         return Miss("the stored program is damaged")
 
-    def write(self, facts: Facts, model: str, write_files: Callable[[Path], None]) -> None:
+    def write(self, facts: Facts, model: str, write_files: Callable[[Path], object]) -> None:
         """Store the files that `write_files` puts in a folder, in the place of an entry of the same facts.
 
         Raises Miss when the folder may not be used, OSError when it cannot.

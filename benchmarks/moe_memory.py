@@ -8,18 +8,12 @@ their own.
 
 from __future__ import annotations
 
-import argparse
-import json
-import shutil
-import subprocess
-import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
-from real_size import PeakMemory, anonymous_bytes
+import two_parts
+from two_parts import PeakMemory, anonymous_bytes
 
 
 def config() -> Any:
@@ -71,25 +65,5 @@ def measure(folder: Path) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, help="where the model is, or will be written")
-    parser.add_argument("--keep", action="store_true", help="do not delete the model afterwards")
-    parser.add_argument("--part", choices=["write", "measure"], help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.part == "write":
-        write(args.folder)
-    elif args.part == "measure":
-        print(json.dumps(measure(args.folder), indent=2))
-    else:
-        folder = args.folder or Path(tempfile.mkdtemp(prefix="moe-2gb-"))
-        try:
-            for part in ("write", "measure") if not (folder / "config.json").exists() else ("measure",):
-                subprocess.run([sys.executable, __file__, "--folder", str(folder), "--part", part], check=True)
-        finally:
-            if not args.keep:
-                shutil.rmtree(folder, ignore_errors=True)
-
-
 if __name__ == "__main__":
-    main()
+    two_parts.run(__doc__, write, measure)

@@ -8,17 +8,12 @@ tokens per second of 24 requests of 128 tokens in, 48 out, which fill the pool. 
 
 from __future__ import annotations
 
-import argparse
-import json
-import re
-import shutil
-import subprocess
-import sys
-import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import Any
+
+import two_parts
+from two_parts import PeakMemory, anonymous_bytes
 
 POOL_BYTES = 500_000_000
 NUM_REQUESTS, NUM_IN, NUM_OUT = 24, 128, 48  # fills the pool to 96 %
@@ -46,38 +41,12 @@ def write(folder: Path) -> None:
     Qwen3ForCausalLM(config).save_pretrained(folder)
 
 
-def anonymous_bytes() -> int:
-    """RssAnon of this process."""
-    match = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert match is not None
-    return int(match[1]) * 1024
-
-
-class PeakMemory:
-    """Samples RssAnon every 10 ms until stopped."""
-
-    def __init__(self) -> None:
-        self.peak, self._stop = anonymous_bytes(), threading.Event()
-        self._thread = threading.Thread(target=self._sample, daemon=True)
-        self._thread.start()
-
-    def _sample(self) -> None:
-        while not self._stop.wait(0.01):
-            self.peak = max(self.peak, anonymous_bytes())
-
-    def stop(self) -> int:
-        self._stop.set()
-        self._thread.join()
-        return self.peak
-
-
 def measure(folder: Path) -> dict[str, Any]:
     import torch
-    import transformers  # noqa: F401
-    from transformers import AutoModelForCausalLM  # noqa: F401
+    from transformers import AutoModelForCausalLM  # noqa: F401, so that its memory counts as that of the imports
 
     base, memory = anonymous_bytes(), PeakMemory()
-    from autodeploy import LLM, SamplingParams
+    from autodeploy import LLM, SamplingParams  # what this loads is ours and counts
 
     sizes: dict[str, Any] = {"max_seq_len": 4096, "kv_cache_config": {"max_bytes": POOL_BYTES}}
     with LLM(str(folder), skip_tokenizer_init=True, program_cache=False, **sizes) as llm:
@@ -86,7 +55,7 @@ def measure(folder: Path) -> dict[str, Any]:
         outputs = llm.generate(prompts, SamplingParams(max_tokens=NUM_OUT, ignore_eos=True))
         seconds = time.perf_counter() - started
         timeline, runner, program = llm.compiled.timeline, llm.compiled.runner, llm.compiled.program
-        weight_bytes = sum(program.parameter(name).nbytes for name in program.weights)
+        weight_bytes = program.weight_bytes
         pool_bytes = sum(cache.nbytes for cache in runner.caches)  # pyright: ignore[reportAttributeAccessIssue]
     grown = memory.stop() - base
     return {
@@ -101,25 +70,5 @@ def measure(folder: Path) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, help="where the model is, or will be written")
-    parser.add_argument("--keep", action="store_true", help="do not delete the model afterwards")
-    parser.add_argument("--part", choices=["write", "measure"], help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.part == "write":
-        write(args.folder)
-    elif args.part == "measure":
-        print(json.dumps(measure(args.folder), indent=2))
-    else:
-        folder = args.folder or Path(tempfile.mkdtemp(prefix="qwen3-0.6b-"))
-        try:
-            for part in ("write", "measure") if not (folder / "config.json").exists() else ("measure",):
-                subprocess.run([sys.executable, __file__, "--folder", str(folder), "--part", part], check=True)
-        finally:
-            if not args.keep:
-                shutil.rmtree(folder, ignore_errors=True)
-
-
 if __name__ == "__main__":
-    main()
+    two_parts.run(__doc__, write, measure)

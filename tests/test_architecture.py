@@ -20,7 +20,8 @@ PACKAGE = ROOT / "autodeploy"
 ARROWS = {
     ("errors", "config", "specs", "cache_folder"): (),
     ("custom_ops",): ("errors", "config", "specs"),
-    ("weights",): ("custom_ops",),
+    ("recipes",): ("custom_ops",),
+    ("weights",): ("recipes",),
     ("checkpoint", "codec"): ("weights",),
     ("graph_file",): ("codec",),
     ("program",): ("graph_file",),

@@ -11,7 +11,7 @@ from transformers import AttentionInterface, DogeConfig, DogeForCausalLM, maskin
 
 import autodeploy
 from autodeploy import CompiledModel, SamplingParams, UnsupportedModelError
-from autodeploy.weights import Cat, Initial, Take
+from autodeploy.recipes import Cat, Initial, Take
 from tests.models.families import make_model
 
 IDS = torch.tensor([[3, 14, 15, 92, 65, 35, 89, 79]])

@@ -16,7 +16,9 @@ from typer.testing import CliRunner
 
 import autodeploy
 from autodeploy import ConfigError, TransformError, check_transform, default_pipeline
+from autodeploy._compile import pipeline_of
 from autodeploy.cli import DEMO_MODEL, app
+from autodeploy.config import LLMArgs
 from autodeploy.plugins import apply_file, apply_plugins, apply_settings, foreign_text
 from tests.models.families import make_model
 
@@ -169,9 +171,6 @@ def test_two_packages_with_one_name_are_both_named(elsewhere: Path) -> None:
 
 
 def test_plugins_edit_a_given_pipeline_and_a_function_edits_theirs(model: Any) -> None:
-    from autodeploy._compile import pipeline_of
-    from autodeploy.config import LLMArgs
-
     short = default_pipeline().without("fuse_linears")
     edited = pipeline_of(LLMArgs(model=model, plugins="my_passes", pipeline=short))
     assert "fuse_gated_linear" in edited.names()

@@ -25,7 +25,7 @@ from autodeploy.cli import DEMO_MODEL, app
 from autodeploy.config import LLMArgs
 from autodeploy.program_cache import Lowered, Place, place_of
 from autodeploy.program_store import MANIFEST, UNFINISHED, Miss, Store, key_of
-from autodeploy.weights import Convert, Take
+from autodeploy.recipes import Convert, Take
 from tests.models.families import make_model
 
 PROMPTS = [[5, 6, 7, 8, 9], [11, 12], [13]]
@@ -345,7 +345,7 @@ FACTS = {"a": "1"}
 
 
 def write(store: Store, content: bytes = b"content", facts: dict[str, str] = FACTS) -> None:
-    store.write(facts, "model", lambda new: [(new / name).write_bytes(content) for name in ("x", "y")])  # type: ignore
+    store.write(facts, "model", lambda new: [(new / name).write_bytes(content) for name in ("x", "y")])
 
 
 def test_only_the_owner_may_enter(tmp_path: Path) -> None:

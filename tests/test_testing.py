@@ -75,7 +75,9 @@ def test_a_wrong_provider_is_refused(function: Any, message: str) -> None:
 
 
 def test_what_supports_says_is_looked_at() -> None:
-    right = lambda x: torch.relu(x).square()  # noqa: E731
+    def right(x: Tensor) -> Tensor:
+        return torch.relu(x).square()
+
     with pytest.raises(AssertionError, match="has something against these arguments: too wide, too long"):
         check(relu_squared_for_test, right, X, supports=lambda target, x: ["too wide", "too long"])
     with pytest.raises(
@@ -109,7 +111,9 @@ def test_the_shape_rule_is_compared_too(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_the_limit_is_the_callers() -> None:
-    near = lambda x: torch.relu(x).square() * 1.001  # noqa: E731
+    def near(x: Tensor) -> Tensor:
+        return torch.relu(x).square() * 1.001
+
     check(relu_squared_for_test, near, X, limit=1e-2)
     with pytest.raises(AssertionError, match="result 0 differs"):
         check(relu_squared_for_test, near, X)

@@ -127,7 +127,7 @@ def _limits(task: Task, worker: Worker, dtype: str) -> Machine:
 def start(task: Task, engine: Engine, processes: ExitStack, facts: Mapping[str, Any]) -> Started:
     """Start an engine's process and have it make one token. What goes wrong is its result's `error`."""
     started = Started(engine, EngineResult(engine.name))
-    environment = {**threads_of(task), **dict(engine.environment)}
+    environment = {**threads_of(task), **engine.environment}
     try:
         if engine.needs_preparation:
             task.say(f"{engine.name}: converting the checkpoint")

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from autodeploy.errors import ConfigError, did_you_mean
@@ -25,7 +25,7 @@ class Engine:
 
     name: str
     python: str = sys.executable
-    environment: tuple[tuple[str, str], ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def worker(self) -> str:
@@ -90,8 +90,4 @@ def _find_llamacpp(path: str | None) -> Engine | str:
     folder = Path(path) if path else Path(shutil.which("llama-batched-bench") or ".").parent
     if not any((folder / part / "llama-batched-bench").exists() for part in (".", "build/bin")):
         return f"not installed: no llama-batched-bench; name the folder of llama.cpp with {variable(LLAMACPP)}"
-    return Engine(LLAMACPP, environment=_as_items({variable(LLAMACPP): str(folder.resolve())}))
-
-
-def _as_items(values: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
-    return tuple(values.items())
+    return Engine(LLAMACPP, environment={variable(LLAMACPP): str(folder.resolve())})

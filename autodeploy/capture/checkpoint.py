@@ -17,7 +17,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from autodeploy.capture.conversions import recipes_of
 from autodeploy.checkpoint import CheckpointSource, some
 from autodeploy.errors import CheckpointError, did_you_mean
-from autodeploy.weights import Convert, Recipe, Take, evaluate
+from autodeploy.recipes import Convert, Recipe, Take, evaluate
 
 
 def checkpoint_dtype(config: PreTrainedConfig, source: CheckpointSource) -> torch.dtype:

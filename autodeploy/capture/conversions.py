@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from autodeploy.weights import Cat, Permute, Recipe, Reshape, Slice, Stack
+from autodeploy.recipes import Cat, Permute, Recipe, Reshape, Slice, Stack
 
 aten = torch.ops.aten
 Rule = Callable[..., Any]

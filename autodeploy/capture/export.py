@@ -18,13 +18,15 @@ from torch.fx.graph import CodeGen
 from autodeploy.capture.functional import functionalize, mutates
 from autodeploy.capture.masks import prove_masks
 from autodeploy.capture.match_attention import match_attention
-from autodeploy.capture.patches import CaptureState, applied, rope_thresholds, rotary_kinds, where_defined
+from autodeploy.capture.patches import CaptureState, applied, rope_thresholds, rotary_kinds
+from autodeploy.capture.registry import where_defined
 from autodeploy.errors import UnsupportedModelError
 from autodeploy.program import Program
+from autodeploy.recipes import Initial, Recipe, Take
 from autodeploy.specs import INPUTS
 from autodeploy.transforms.prove_packing import source_of
 from autodeploy.transforms.rewrite import erase_unused
-from autodeploy.weights import Initial, Recipe, Take, WeightPlan
+from autodeploy.weights import WeightPlan
 
 EXAMPLE_TOKENS = 19
 """Length traced with; the graph may not depend on it (checked)."""

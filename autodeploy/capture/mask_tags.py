@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from transformers import masking_utils
 
-from autodeploy.capture.registry import registered
+from autodeploy.capture.registry import registered, replaced
 
 
 @dataclass(eq=False)
@@ -69,21 +69,12 @@ def tag_masks(model: nn.Module, state: Any) -> AbstractContextManager[None]:
     return registered(masking_utils.AttentionMaskInterface, tag)
 
 
-@contextmanager
-def count_chunks_from_zero(model: nn.Module, state: Any) -> Iterator[None]:
-    original = masking_utils.chunked_overlay
-    masking_utils.chunked_overlay = lambda size, left_padding: lambda batch, head, query, key: key // size == query // size
-    try:
-        yield
-    finally:
-        masking_utils.chunked_overlay = original
+def count_chunks_from_zero(model: nn.Module, state: Any) -> AbstractContextManager[None]:
+    def same_chunk(size: int, left_padding: Any) -> Callable[..., Any]:
+        return lambda batch, head, query, key: key // size == query // size
+
+    return replaced(masking_utils, "chunked_overlay", same_chunk)
 
 
-@contextmanager
-def no_packing_by_positions(model: nn.Module, state: Any) -> Iterator[None]:
-    original = masking_utils.find_packed_sequence_indices
-    masking_utils.find_packed_sequence_indices = lambda position_ids: None
-    try:
-        yield
-    finally:
-        masking_utils.find_packed_sequence_indices = original
+def no_packing_by_positions(model: nn.Module, state: Any) -> AbstractContextManager[None]:
+    return replaced(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)

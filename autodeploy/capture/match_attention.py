@@ -18,10 +18,10 @@ from autodeploy.capture.scores import ScoreRule, Scores
 from autodeploy.custom_ops.attention import Visible
 from autodeploy.errors import UnsupportedModelError
 from autodeploy.program import Program, op_name
+from autodeploy.recipes import Initial
 from autodeploy.transforms.cleanup import is_identity
 from autodeploy.transforms.prove_packing import Walk, source_of
-from autodeploy.transforms.rewrite import CASTS, arguments, aten, derived_value, erase_dead, insert_call, insert_parameter, val
-from autodeploy.weights import Initial
+from autodeploy.transforms.rewrite import CASTS, arguments, aten, derive_again, erase_dead, insert_call, insert_parameter, val
 
 SOFTMAX = {aten.softmax.int, aten._softmax.default}
 PRODUCTS = {aten.matmul.default: (0, 1), aten.bmm.default: (0, 1), aten.baddbmm.default: (1, 2)}
@@ -60,7 +60,9 @@ def match_attention(program: Program, initial: dict[str, Tensor]) -> int:
     if found:
         program.graph.graph.eliminate_dead_code(lambda node: node.is_impure() and not is_identity(node))  # dropout that is off
         erase_dead(program)
-        _derive_again(program)
+        for node in program.graph.graph.nodes:
+            if node.op == "call_function":
+                derive_again(program, node)  # strides may have changed
     return found
 
 
@@ -151,13 +153,7 @@ def _replace(program: Program, initial: dict[str, Tensor], own: OwnAttention) ->
     v = _in_heads(program, result, own.v)
     dtype = val(v).dtype
     q = _in_dtype(program, result, _in_heads(program, result, own.q), dtype)
-    k = own.k
-    if own.k_transposed:
-        is_transpose = k.target is aten.transpose.int and {d % val(k).dim() for d in k.args[1:]} == {
-            val(k).dim() - 1,
-            val(k).dim() - 2,
-        }  # pyright: ignore
-        k: Any = k.args[0] if is_transpose else insert_call(program, result, aten.transpose.int, k, -1, -2)
+    k = _transposed(program, result, own.k) if own.k_transposed else own.k
     k = _in_dtype(program, result, _in_heads(program, result, k), dtype)
     slopes = _slopes(program, initial, own.rule.slopes, int(val(q).shape[1]))
     numbers = (own.rule.scale, visible.window, 0.0, -1, visible.chunk)
@@ -167,6 +163,14 @@ def _replace(program: Program, initial: dict[str, Tensor], own: OwnAttention) ->
     if val(result).dim() == 3:
         value = insert_call(program, result, aten.squeeze.dim, value, 0)
     result.replace_all_uses_with(_in_dtype(program, result, value, val(result).dtype))
+
+
+def _transposed(program: Program, before: fx.Node, node: fx.Node) -> fx.Node:
+    """The last two dims swapped: what the node is the transpose of, or a transpose."""
+    args: Any = node.args
+    if node.target is aten.transpose.int and {dim % val(node).dim() - val(node).dim() for dim in args[1:]} == {-1, -2}:
+        return args[0]
+    return insert_call(program, before, aten.transpose.int, node, -1, -2)
 
 
 def _in_heads(program: Program, before: fx.Node, node: fx.Node) -> fx.Node:
@@ -201,16 +205,3 @@ def _slopes(program: Program, initial: dict[str, Tensor], slopes: Tensor | None,
     program.weights = program.weights.with_recipes({name: Initial(name)})
     first = next(node for node in program.graph.graph.nodes if node.op == "call_function")
     return insert_parameter(program, first, name, slopes.to("meta"))
-
-
-def _derive_again(program: Program) -> None:
-    """Values behind what was replaced: strides may have changed, and then a view may have to copy."""
-    for node in program.graph.graph.nodes:
-        if node.op == "call_function":
-            try:
-                node.meta["val"] = derived_value(program, node)
-            except RuntimeError:
-                if node.target is not aten.view.default:
-                    raise
-                node.target = aten.reshape.default
-                node.meta["val"] = derived_value(program, node)

@@ -15,8 +15,9 @@ from autodeploy.capture.checkpoint import checkpoint_dtype, checkpoint_recipes
 from autodeploy.capture.recurrent_layers import weights_still_to_scale
 from autodeploy.capture.skeleton import build_skeleton, cast_floats, read_config, skeleton_of
 from autodeploy.checkpoint import CheckpointSource, read_json
+from autodeploy.recipes import Cast, Recipe, Take
 from autodeploy.specs import ModelFacts
-from autodeploy.weights import Cast, LiveSource, Recipe, Take
+from autodeploy.weights import LiveSource
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autodeploy import custom_ops as ops
+from autodeploy.capture.registry import replaced
 from autodeploy.errors import UnsupportedModelError
 
 Adapter = Callable[..., Any]
@@ -31,18 +32,8 @@ def route_recurrent(model: nn.Module, state: Any) -> Iterator[None]:
     with ExitStack() as stack:
         for space in spaces:
             for name in SEAMS.keys() & vars(space).keys():
-                stack.enter_context(_replaced(space, name, _routed(vars(space)[name], SEAMS[name])))
+                stack.enter_context(replaced(space, name, _routed(vars(space)[name], SEAMS[name])))
         yield
-
-
-@contextmanager
-def _replaced(space: Any, name: str, value: Any) -> Iterator[None]:
-    before = vars(space)[name]
-    setattr(space, name, value)
-    try:
-        yield
-    finally:
-        setattr(space, name, before)
 
 
 def _routed(original: Adapter, adapter: Adapter) -> Adapter:

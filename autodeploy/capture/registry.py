@@ -1,4 +1,4 @@
-"""What all captured seams share: our name in transformers' registries, and where a module's code stands."""
+"""What the patches share: replacing functions while a model is traced, and where a module's code stands."""
 
 from __future__ import annotations
 
@@ -21,6 +21,17 @@ def registered(interface: Any, function: Callable[..., Any]) -> Iterator[None]:
         yield
     finally:
         del interface._global_mapping[IMPLEMENTATION]
+
+
+@contextmanager
+def replaced(space: Any, name: str, value: Any) -> Iterator[None]:
+    """A module's or a class's attribute of that name is `value` inside."""
+    before = vars(space)[name]
+    setattr(space, name, value)
+    try:
+        yield
+    finally:
+        setattr(space, name, before)
 
 
 def where_defined(module: nn.Module) -> str:

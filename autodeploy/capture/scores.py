@@ -24,10 +24,10 @@ from autodeploy.capture.masks import visible_in
 from autodeploy.custom_ops.attention import Visible
 from autodeploy.errors import UnsupportedModelError
 from autodeploy.program import Program
+from autodeploy.recipes import Initial
 from autodeploy.transforms.interpret import widened
 from autodeploy.transforms.prove_packing import Walk, source_of
 from autodeploy.transforms.rewrite import aten, val
-from autodeploy.weights import Initial
 
 HIDDEN = -5000.0
 """A key this far below the query's own gets no weight: exp(-5000) is zero in every dtype."""

@@ -6,7 +6,7 @@ import logging
 import time
 import traceback
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
@@ -45,14 +45,6 @@ class Result:
     judged: float | None = None
     """Share of the greedy tokens that could be judged."""
     seconds: float = 0.0
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def of_json(cls, fields: dict[str, Any]) -> Result:
-        lists = {name: tuple(fields[name]) for name in ("caches", "ops")}
-        return cls(**{**fields, **lists, "kind": Kind(fields["kind"])})
 
 
 def examine(model_type: str) -> Result:

@@ -91,7 +91,7 @@ def _line(error: Exception) -> str:
 def _defaults_build(model_type: str) -> bool:
     try:
         build_skeleton(CONFIG_MAPPING[model_type](), torch.float32)
-    except Exception:
+    except Exception:  # as above: a constructor may raise anything
         return False
     return True
 

@@ -6,6 +6,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict
 
 import transformers
 from rich.table import Table
@@ -34,7 +35,7 @@ def rich_table(results: Sequence[Result]) -> Table:
 
 
 def as_json(results: Sequence[Result]) -> str:
-    return json.dumps([result.as_json() for result in sorted(results, key=lambda result: result.model_type)], indent=1) + "\n"
+    return json.dumps([asdict(result) for result in sorted(results, key=lambda result: result.model_type)], indent=1) + "\n"
 
 
 def markdown(results: Sequence[Result]) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
+from inspect import signature
 from traceback import walk_tb
 from typing import Any
 
@@ -99,6 +101,24 @@ def provider_at_work(error: BaseException) -> str:
 def symbolic(target: Any) -> Any:
     """What to call on fake tensors in place of a graph's call target: an op's shape rule instead of a provider's code."""
     return PROVIDED[target][0].overload if target in PROVIDED else target
+
+
+def call_arguments(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by their names, defaults included. target: an op, a provider's function or one of `operator`."""
+    defaults = argument_defaults(target)
+    return defaults | dict(zip(defaults, args, strict=False)) | dict(kwargs)
+
+
+def argument_defaults(target: Any) -> dict[str, Any]:
+    """The names of the arguments that a call of `target` takes, with their defaults (None where there is none)."""
+    return _defaults(symbolic(target))
+
+
+@cache
+def _defaults(function: Any) -> dict[str, Any]:
+    if not hasattr(function, "_schema"):
+        return dict.fromkeys(signature(function).parameters)
+    return {argument.name: argument.default_value for argument in function._schema.arguments}
 
 
 def adopted_op(overload: Any, reference: Callable[..., Any]) -> SemanticOp:

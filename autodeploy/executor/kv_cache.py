@@ -1,7 +1,8 @@
 """Which pages and state slots belong to which request. Numbers only; the tensors live with the model runner."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 from autodeploy.executor.request import Request
@@ -184,11 +185,10 @@ class CacheManager:
     pools: Mapping[str, KVCacheManager]
     """Pool name (`CacheSpec.pool`) -> its pages."""
     states: StateManager | None = None
-    _managers: tuple[ResourceManager, ...] = field(init=False)
 
-    def __post_init__(self) -> None:
-        states = () if self.states is None else (self.states,)
-        object.__setattr__(self, "_managers", (*self.pools.values(), *states))
+    @cached_property
+    def _managers(self) -> tuple[ResourceManager, ...]:
+        return (*self.pools.values(), *([] if self.states is None else [self.states]))
 
     def prepare(self, request: Request, num_tokens: int) -> bool:
         return all(manager.prepare(request, num_tokens) for manager in self._managers)

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from autodeploy.custom_ops import PROVIDED
+from autodeploy.custom_ops.op import call_arguments
 from autodeploy.program import Program
 
 
@@ -65,9 +66,8 @@ def _packed(call: fx.Node, parameter: fx.Node) -> Iterator[tuple[str, Callable[[
     """(attribute, how it is made) for each argument in which a call reads that parameter packed."""
     if call.target not in PROVIDED:
         return
-    op, provider = PROVIDED[call.target]
-    names = (argument.name for argument in op.overload._schema.arguments)
-    arguments = dict(zip(names, call.args, strict=False)) | call.kwargs
+    _, provider = PROVIDED[call.target]
+    arguments = call_arguments(call.target, call.args, call.kwargs)
     for name, pack in provider.packs.items():
         if arguments[name] is parameter:
             attribute = f"packed_{provider.name}_{name}_{str(parameter.target).replace('.', '_')}"

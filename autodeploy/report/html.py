@@ -92,7 +92,7 @@ def _header(title: str, program: Program, before: Before, timeline: Timeline, se
     tiles = [
         (join([change, ops]), "ops in the graph"),
         (sum(record.rewrites for record in program.history), f"rewrites by {len(program.history)} passes"),
-        (num_bytes(_weight_bytes(program)), f"weights, {len(program.weights)} parameters"),
+        (num_bytes(program.weight_bytes), f"weights, {len(program.weights)} parameters"),
         (num_bytes(bytes_per_token(program.caches.values())), "of cache per token"),
         (f"{sum(timeline.seconds.values()):.1f} s", "start-up"),
     ]
@@ -182,10 +182,6 @@ def _describe_cache(spec: CacheSpec) -> Iterator[object]:
     yield spec.dtype
 
 
-def _weight_bytes(program: Program) -> int:
-    return sum(program.parameter(name).nbytes for name in program.weights)
-
-
 def _dtypes(program: Program) -> dict[str, list[int]]:
     """dtype -> bytes of each parameter."""
     sizes: dict[str, list[int]] = {}
@@ -201,7 +197,7 @@ def _weights(program: Program) -> Html:
 
 
 def _memory(program: Program, settings: Settings) -> Html:
-    weights = _weight_bytes(program)
+    weights = program.weight_bytes
     pools = {pool: _pool_bytes(program, settings, pool) for pool in settings.pools}
     cached = sum(pools.values())
     total = max(weights + cached, 1)

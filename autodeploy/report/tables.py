@@ -50,12 +50,11 @@ def describe(program: Program, timeline: Timeline) -> str:
     console = Console(width=160, file=StringIO())
     specs = program.caches.values()
     state_bytes = f", {bytes_per_request(specs)} bytes per request" if bytes_per_request(specs) else ""
-    weight_bytes = sum(program.parameter(name).nbytes for name in program.weights)
     console.print(pass_table(program))
     if program.twin:
         console.print(twin_text(program), soft_wrap=True)
     console.print(provider_table(program))
     console.print(f"caches: {len(program.caches)}, {bytes_per_token(specs)} bytes per token{state_bytes}")
-    console.print(f"weights: {len(program.weights)} parameters, {weight_bytes / 1e6:.1f} MB")
+    console.print(f"weights: {len(program.weights)} parameters, {program.weight_bytes / 1e6:.1f} MB")
     console.print(f"start-up: {timeline}")
     return console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]

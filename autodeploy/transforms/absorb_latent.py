@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, fx
 
 from autodeploy import custom_ops as ops
-from autodeploy.program import Program
+from autodeploy.program import Program, symbols
+from autodeploy.recipes import Recipe, Reshape, Slice
 from autodeploy.specs import Target
 from autodeploy.transforms.base import Effect, Transform
 from autodeploy.transforms.rewrite import arguments, aten, calls, insert_call, insert_parameter, val
 from autodeploy.transforms.trace_moves import Trace
-from autodeploy.weights import Recipe, Reshape, Slice
 
 LENGTHS = (2, 3)
 """Numbers of tokens that a layout is read at; it must be the same one."""
@@ -108,7 +108,7 @@ class Layout:
 
 def _layout(program: Program, node: fx.Node) -> Layout | None:
     """None where the values, or part of the keys, are anything but a linear of a latent, moved about."""
-    symbol = next(iter(program.graph.graph.nodes)).meta["val"].shape[1].node.expr
+    symbol = symbols(program)["T"].node.expr
     layouts = [_layout_at(node, Trace(symbol, num_tokens)) for num_tokens in LENGTHS]
     return layouts[0] if layouts[0] == layouts[1] else None
 

@@ -11,10 +11,10 @@ import torch
 from torch import fx
 
 from autodeploy.program import Program
+from autodeploy.recipes import Cat
 from autodeploy.specs import Target
 from autodeploy.transforms.base import Effect, Transform
 from autodeploy.transforms.rewrite import aten, calls, erase_unused, insert_call, insert_parameter, pass_on_strides, val
-from autodeploy.weights import Cat
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,9 +36,7 @@ class InsertPagedAttention(Transform):
         for node in nodes:
             layer = describe_layer(node)
             backend, against = choose_backend(layer, target)
-            choices = program.providers.setdefault("attention", ())
-            if (choice := Choice(backend.name, against)) not in choices:
-                program.providers["attention"] = (*choices, choice)
+            program.note_choice("attention", Choice(backend.name, against))
             _lower(program, node, layer, backend, caches)
         return len(nodes)
 

@@ -19,10 +19,10 @@ from torch import fx
 from autodeploy import custom_ops as ops
 from autodeploy.custom_ops.recurrent import RECURRENT_OPS
 from autodeploy.errors import UnsupportedModelError
-from autodeploy.program import Program, op_name
+from autodeploy.program import Program, op_name, symbols
 from autodeploy.specs import Target
 from autodeploy.transforms.base import Transform
-from autodeploy.transforms.rewrite import aten, calls, insert_call, val
+from autodeploy.transforms.rewrite import arguments, aten, calls, insert_call, insert_input, named_op, val
 
 Check = Callable[["Walk", fx.Node], None]
 
@@ -48,8 +48,7 @@ class ProvePacking(Transform):
 
 def _rewrite_counting(program: Program) -> int:
     """arange over T, and cumsum of ones over T, are positions of one request alone."""
-    tokens, rewrites = Walk.over(program), 0
-    positions = next(node for node in program.graph.graph.nodes if node.name == "position_ids")
+    tokens, positions, rewrites = Walk.over(program), insert_input(program, "position_ids"), 0
     for node in calls(program, aten.arange.default, aten.arange.start, aten.arange.start_step, aten.cumsum.default):
         if not node.users or (offset := _counts_from(tokens, node)) is None:
             continue
@@ -65,10 +64,10 @@ def _rewrite_counting(program: Program) -> int:
 
 def _rewrite_table_heads(program: Program) -> int:
     """The first T rows of a table, one per token of the row, are the rows at each token's own position."""
-    tokens, rewrites = Walk.over(program), 0
-    positions = next(node for node in program.graph.graph.nodes if node.name == "position_ids")
+    tokens, positions, rewrites = Walk.over(program), insert_input(program, "position_ids"), 0
     for node in calls(program, aten.slice.Tensor):
-        dim, start, step = (_argument(node, name) for name in ("dim", "start", "step"))
+        given = arguments(node)
+        dim, start, step = given["dim"], given["start"], given["step"]
         if not node.users or not _grows(tokens, node) or val(node).shape[dim] != tokens.num_tokens:
             continue
         if not isinstance(start, int | None) or (start or 0) < 0 or step != 1:
@@ -113,7 +112,7 @@ class Walk:
 
     @classmethod
     def over(cls, program: Program) -> Walk:
-        size = next(iter(program.graph.graph.nodes)).meta["val"].shape[1]
+        size = symbols(program)["T"]
         return cls(size, size.node.expr)
 
     def check(self, node: fx.Node) -> None:
@@ -190,14 +189,6 @@ def source_of(node: fx.Node) -> dict[str, str]:
     return {"module_path": path, "source": source}
 
 
-def _argument(node: fx.Node, name: str) -> Any:
-    """An argument by its name in the op's schema, with the schema's default."""
-    for i, argument in enumerate(node.target._schema.arguments):  # pyright: ignore
-        if argument.name == name:
-            return node.args[i] if i < len(node.args) else node.kwargs.get(name, argument.default_value)
-    raise KeyError(name)
-
-
 def _allowed(walk: Walk, node: fx.Node) -> None:
     """Keeps tokens apart whatever its arguments."""
 
@@ -210,15 +201,14 @@ def _pointwise(walk: Walk, node: fx.Node) -> None:
 
 def _fills(walk: Walk, node: fx.Node) -> None:
     """Sizes may be T, the value may not."""
-    names = {argument.name for argument in node.target._schema.arguments}  # pyright: ignore
-    for name in names & {"fill_value", "s"}:
-        if walk.depends(val(_argument(node, name))):
+    given = arguments(node)
+    for name in given.keys() & {"fill_value", "s"}:
+        if walk.depends(val(given[name])):
             refuse(node, "it computes with the number of tokens in the row")
 
 
 def _reduces(walk: Walk, node: fx.Node) -> None:
-    names = {argument.name for argument in node.target._schema.arguments}  # pyright: ignore
-    walk.forbid(node, node.args[0], _argument(node, "dim") if "dim" in names else None, "reduces or scans")
+    walk.forbid(node, node.args[0], arguments(node).get("dim"), "reduces or scans")
 
 
 def _normalizes_last(walk: Walk, node: fx.Node) -> None:
@@ -230,14 +220,13 @@ def _takes_part(walk: Walk, node: fx.Node) -> None:
         return  # all of it
     if node.target in (aten.slice.Tensor, aten.narrow.default) and _grows(walk, node):
         refuse(node, "it takes as many rows of a table as the row has tokens")
-    walk.forbid(node, node.args[0], _argument(node, "dim"), "takes part of what lies")
+    dim = arguments(node)["dimension" if node.target is aten.unfold.default else "dim"]
+    walk.forbid(node, node.args[0], dim, "takes part of what lies")
 
 
 def _joins(walk: Walk, node: fx.Node) -> None:
-    dim, rank = _argument(node, "dim"), val(node).dim()
     for source in node.args[0]:  # pyright: ignore
-        if node.target is not aten.stack.default:
-            walk.forbid(node, source, dim % rank, "joins")
+        walk.forbid(node, source, arguments(node)["dim"] % val(node).dim(), "joins")
 
 
 def _indexes(walk: Walk, node: fx.Node) -> None:
@@ -290,7 +279,7 @@ RULE_NAMES: dict[Check, str] = {
         permute transpose.int t movedim.int swapaxes numpy_T unsqueeze squeeze squeeze.dim squeeze.dims expand expand_as repeat
         contiguous clone copy to.dtype to.device to.dtype_layout _to_copy type_as alias detach lift_fresh_copy embedding
         zeros ones empty.memory_format zeros_like ones_like new_zeros new_ones new_empty sym_size.int one_hot broadcast_to
-        view_as_complex view_as_real""",
+        view_as_complex view_as_real stack""",
     _fills: "full full_like new_full scalar_tensor",
     _pointwise: "multiply.Tensor divide.Tensor subtract.Tensor where.ScalarOther where.ScalarSelf where.Scalar polar",
     _reduces: """
@@ -300,7 +289,7 @@ RULE_NAMES: dict[Check, str] = {
     _takes_part: """
         slice.Tensor select.int narrow split.Tensor split_with_sizes chunk unbind.int unfold index_select gather scatter.src
         scatter.value index_add slice_scatter select_scatter repeat_interleave.self_int""",
-    _joins: "cat concat concatenate stack",
+    _joins: "cat concat concatenate",
     _indexes: "index.Tensor",
     _multiplies: "matmul bmm mm linear addmm baddbmm",
     _sums_letters: "einsum",
@@ -316,8 +305,7 @@ def _rule_table() -> dict[Any, Check]:
     table |= dict.fromkeys(RECURRENT_OPS, _recurs)
     for rule, names in RULE_NAMES.items():
         for name in names.split():
-            packet, _, overload = name.partition(".")
-            table[getattr(getattr(aten, packet), overload or "default")] = rule
+            table[named_op(name)] = rule
     return table
 
 

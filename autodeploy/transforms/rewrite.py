@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
-from inspect import signature
 from itertools import permutations
 from typing import Any
 
@@ -16,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from autodeploy.codec import fake_input
 from autodeploy.custom_ops import symbolic
+from autodeploy.custom_ops.op import argument_defaults, call_arguments
 from autodeploy.program import Program, symbols
 from autodeploy.specs import EXAMPLE_PAGE_SIZE, EXAMPLE_PAGES, CacheSpec, input_spec
 
@@ -46,18 +45,15 @@ def _overload(target: Any) -> Any:
     return getattr(target, "overload", target)
 
 
+def named_op(name: str) -> Any:
+    """The aten op of that name: "cumsum" is aten.cumsum.default, "slice.Tensor" aten.slice.Tensor."""
+    packet, _, overload = name.partition(".")
+    return getattr(getattr(aten, packet), overload or "default")
+
+
 def arguments(node: Any) -> Bindings:
     """The arguments of a call (a node, or the record of one) by their names, defaults included."""
-    defaults = _defaults(symbolic(node.target))
-    return defaults | dict(zip(defaults, node.args, strict=False)) | dict(node.kwargs)
-
-
-@cache
-def _defaults(function: Any) -> Bindings:
-    """The names of an op's arguments, with their defaults (None where there is none)."""
-    if not hasattr(function, "_schema"):
-        return dict.fromkeys(signature(function).parameters)  # one of `operator`
-    return {argument.name: argument.default_value for argument in function._schema.arguments}
+    return call_arguments(node.target, node.args, node.kwargs)
 
 
 def fake_mode(program: Program) -> FakeTensorMode:
@@ -104,15 +100,20 @@ def pass_on_strides(program: Program, readers: list[fx.Node]) -> None:
         if node.op != "call_function":
             continue
         before = _strides(val(node))
-        try:
-            evaluate_node(program, node)
-        except (RuntimeError, ValueError):
-            if node.target is not aten.view.default:
-                raise
-            node.target = aten.reshape.default  # such a view needs a copy now
-            evaluate_node(program, node)
+        derive_again(program, node)
         if _strides(val(node)) != before:
             readers += node.users
+
+
+def derive_again(program: Program, node: fx.Node) -> None:
+    """Note a call node's value anew where its arguments may have other strides now: a view may have to copy then."""
+    try:
+        evaluate_node(program, node)
+    except (RuntimeError, ValueError):
+        if node.target is not aten.view.default:
+            raise
+        node.target = aten.reshape.default
+        evaluate_node(program, node)
 
 
 def _strides(value: Any) -> Any:
@@ -239,7 +240,7 @@ def match(pattern: Any, value: Any, bindings: Bindings | None = None) -> Iterato
 def _match_call(pattern: Call, node: Any, bindings: Bindings) -> Iterator[Bindings]:
     if not isinstance(node, fx.Node) or node.op != "call_function" or node.target not in pattern.targets:
         return
-    given, defaults, named = arguments(node), _defaults(symbolic(node.target)), dict(pattern.named)
+    given, defaults, named = arguments(node), argument_defaults(node.target), dict(pattern.named)
     leading = list(given)[: len(pattern.args)]
     if len(leading) < len(pattern.args) or not named.keys() <= given.keys():
         return

@@ -37,7 +37,7 @@ class SelectKernels(Transform):
             op = SEMANTIC_OPS[node.target]
             provider, against = chosen[node]
             node.target = provider.function
-            _record(program, op.name, Choice(provider.name, {name: tuple(why) for name, why in against.items()}))
+            program.note_choice(op.name, Choice(provider.name, {name: tuple(why) for name, why in against.items()}))
         return len(calls)
 
 
@@ -70,10 +70,3 @@ def _contested(program: Program, chosen: Chosen) -> set[str]:
             names = [name for name, value in arguments(user).items() if value is node] if packs else []
             wanted[str(node.target)] |= {packs.get(name) for name in names} or {None}
     return {name for name, forms in wanted.items() if len(forms) > 1}
-
-
-def _record(program: Program, op: str, choice: Choice) -> None:
-    """Note a choice beside those made for other calls of the same op, unless it is one of them."""
-    choices = program.providers.get(op, ())
-    if choice not in choices:
-        program.providers[op] = (*choices, choice)

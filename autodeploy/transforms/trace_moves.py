@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from autodeploy.transforms.rewrite import aten, val
+from autodeploy.transforms.rewrite import aten, named_op, val
 
 MOVE_NAMES = """
     view reshape _unsafe_view flatten.using_ints unflatten.int permute transpose.int movedim.int t numpy_T
@@ -20,12 +20,7 @@ MOVE_NAMES = """
 """aten calls whose result holds numbers of their tensors, unchanged."""
 
 
-def _overload(name: str) -> Any:
-    packet, _, overload = name.partition(".")
-    return getattr(getattr(aten, packet), overload or "default")
-
-
-MOVES = {_overload(name) for name in MOVE_NAMES.split()}
+MOVES = {named_op(name) for name in MOVE_NAMES.split()}
 BLANKS = {aten.new_empty.default, aten.empty.memory_format, aten.empty_like.default}
 
 

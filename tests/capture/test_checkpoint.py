@@ -15,7 +15,7 @@ import autodeploy
 from autodeploy.capture.checkpoint import checkpoint_recipes
 from autodeploy.capture.skeleton import build_skeleton
 from autodeploy.checkpoint import CheckpointSource
-from autodeploy.weights import evaluate
+from autodeploy.recipes import evaluate
 from tests.models.families import COMMON, make_model
 from tests.models.parity import eager_logits, relative_error
 

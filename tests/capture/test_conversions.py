@@ -10,7 +10,7 @@ from torch import Tensor
 
 from autodeploy.capture.conversions import recipes_of
 from autodeploy.codec import decode_recipe, encode_recipe
-from autodeploy.weights import Recipe, Take, evaluate
+from autodeploy.recipes import Recipe, Take, evaluate
 
 LEAVES = {"a": torch.randn(4, 6), "b": torch.randn(4, 6), "c": torch.randn(2, 3, 4)}
 CONVERSIONS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
@@ -41,7 +41,7 @@ def test_moves_of_numbers_are_recipes(name: str) -> None:
     recipe = recorded(CONVERSIONS[name])
     assert recipe is not None
     for same in (recipe, decode_recipe(encode_recipe(recipe))):
-        assert torch.equal(evaluate(same, lambda leaf: LEAVES[leaf.name]), CONVERSIONS[name](**LEAVES))  # pyright: ignore
+        assert torch.equal(evaluate(same, lambda leaf: LEAVES[leaf.name]), CONVERSIONS[name](**LEAVES))
     assert decode_recipe(encode_recipe(recipe)) == recipe
 
 

@@ -11,7 +11,8 @@ import autodeploy
 from autodeploy.capture.checkpoint import checkpoint_recipes
 from autodeploy.capture.skeleton import build_skeleton
 from autodeploy.checkpoint import CheckpointSource
-from autodeploy.weights import Convert, WeightPlan, materialize
+from autodeploy.recipes import Convert
+from autodeploy.weights import WeightPlan, materialize
 from tests.models.families import make_model
 from tests.models.moe_families import MOE_FAMILIES
 

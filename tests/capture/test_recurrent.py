@@ -9,12 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.models.mamba2 import modeling_mamba2
+from transformers.models.qwen3_next import modeling_qwen3_next
+from transformers.models.rwkv import modeling_rwkv
 
 from autodeploy import UnsupportedModelError
 from autodeploy.capture import recurrent
 from autodeploy.capture.recurrent import route_recurrent
 from autodeploy.capture.recurrent_layers import weights_still_to_scale
 from autodeploy.custom_ops.recurrent import RECURRENT_OPS
+from autodeploy.executor.model_runner import _executable
 from autodeploy.program import Program
 from autodeploy.transforms.cleanup import Cleanup
 from autodeploy.transforms.match_conv import MatchConv
@@ -50,8 +54,6 @@ QUICK = {"mamba", "minimax"}
 
 
 def run(program: Program, model: Any, *inputs: torch.Tensor) -> torch.Tensor:
-    from autodeploy.executor.model_runner import _executable
-
     tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
     return _executable(program, {name: tensors[name] for name in program.weights}, "cpu")(*inputs)
 
@@ -72,8 +74,6 @@ def test_every_layer_is_one_op_right_at_any_length(name: str) -> None:
 
 
 def test_seams_are_ours_in_this_thread_and_while_tracing_only() -> None:
-    from transformers.models.rwkv import modeling_rwkv
-
     model, original = make_model("rwkv"), modeling_rwkv.rwkv_linear_attention
     args = torch.zeros(8), torch.zeros(8), torch.randn(1, 4, 8), torch.randn(1, 4, 8)
     elsewhere: list[Any] = []
@@ -81,8 +81,7 @@ def test_seams_are_ours_in_this_thread_and_while_tracing_only() -> None:
         assert modeling_rwkv.rwkv_linear_attention is not original
         with pytest.raises(UnsupportedModelError, match=r"modeling_rwkv, line \d+: rwkv_linear_attention is called with .*state"):
             modeling_rwkv.rwkv_linear_attention(*args, return_state=True)
-        call = lambda: elsewhere.append(modeling_rwkv.rwkv_linear_attention(*args, return_state=True))  # noqa: E731
-        thread = threading.Thread(target=call)
+        thread = threading.Thread(target=lambda: elsewhere.append(modeling_rwkv.rwkv_linear_attention(*args, return_state=True)))
         thread.start()
         thread.join()
     assert len(elsewhere[0][1]) == 3
@@ -99,9 +98,6 @@ def test_a_function_of_that_name_with_other_parameters_is_refused() -> None:
 
 
 def test_states_and_packing_that_an_op_does_not_model_are_refused() -> None:
-    from transformers.models.mamba2 import modeling_mamba2
-    from transformers.models.qwen3_next import modeling_qwen3_next
-
     x, dt, a, b = torch.randn(1, 4, 2, 3), torch.rand(1, 4, 2), -torch.rand(2), torch.randn(1, 4, 1, 5)
     scan = recurrent._routed(modeling_mamba2.mamba2_chunk_scan, recurrent.SEAMS["mamba2_chunk_scan"])
     for name, value in {"initial_states": x, "z": x, "seq_idx": dt, "return_final_states": True}.items():

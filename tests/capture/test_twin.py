@@ -11,6 +11,7 @@ from transformers import Gemma2Config, Qwen3Config
 from autodeploy import ConfigError, Pipeline, Target, Transform, TransformError, default_pipeline
 from autodeploy import custom_ops as ops
 from autodeploy._compile import trace
+from autodeploy.capture.skeleton import build_skeleton
 from autodeploy.capture.twin import capture_twin
 from autodeploy.config import LLMArgs
 from autodeploy.program import Program
@@ -46,8 +47,6 @@ def test_families_have_twins_that_verify(name: str) -> None:
 
 
 def test_a_large_model_is_verified_on_its_twin_and_a_wrong_pass_is_stopped(tmp_path) -> None:
-    from autodeploy.capture.skeleton import build_skeleton
-
     class WrongEps(Transform):
         name = "wrong_eps"
 

@@ -62,9 +62,11 @@ def test_the_page_has_each_model_type_once_and_counts_them_right() -> None:
     assert f"transformers {transformers.__version__}" in text
 
 
-def test_results_come_back_from_json() -> None:
+def test_results_are_written_as_json_and_markdown() -> None:
     result = Result("a", Kind.WRONG, "b | c", ("PagedKV",), ("attention",), 3e-7, 0.97, 1.5)
-    assert Result.of_json(json.loads(as_json([result]))[0]) == result
+    (fields,) = json.loads(as_json([result]))
+    assert Result(**{**fields, "kind": Kind(fields["kind"]), "caches": ("PagedKV",), "ops": ("attention",)}) == result
+    assert (fields["caches"], fields["ops"]) == (["PagedKV"], ["attention"])
     assert markdown_row(result) == r"| `a` | wrong | PagedKV | attention | 1e-06 | 95 % | b \| c |"
     assert "0 of 1 decoder-only model types ok; 0 unsupported, 1 wrong, 0 failed; 0 others" in markdown([result])
 

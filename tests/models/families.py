@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from tests.models.mechanisms import LATENT, MIXED
 from tests.models.moe_families import MOE_FAMILIES
 from tests.models.own_attention_families import OWN_ATTENTION_FAMILIES
 from tests.models.recurrent_families import RECURRENT_FAMILIES
@@ -32,19 +33,6 @@ GPT2_NAMES = {
     "n_positions": 256,
     "bos_token_id": 1,
     "eos_token_id": 2,
-}
-MIXED = {
-    "num_hidden_layers": 4,
-    "sliding_window": 8,
-    "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
-}
-LATENT = {
-    "q_lora_rank": 32,
-    "kv_lora_rank": 32,
-    "qk_nope_head_dim": 16,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 16,
-    "num_key_value_heads": 4,
 }
 GEMMA = {**MIXED, "head_dim": 16, "query_pre_attn_scalar": 16}
 

@@ -4,37 +4,25 @@ from __future__ import annotations
 
 from typing import Any
 
-MIXED = {
-    "num_hidden_layers": 4,
-    "sliding_window": 8,
-    "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
-}
-LATENT = {
-    "q_lora_rank": 32,
-    "kv_lora_rank": 32,
-    "qk_nope_head_dim": 16,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 16,
-    "num_key_value_heads": 4,
-}
+from tests.models.mechanisms import EXPERTS, LATENT, MIXED
+
 LOCAL = {"num_local_experts": 8, "num_experts_per_tok": 2}
-PLAIN = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 ROUTED = {"n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_shared_experts": 1}
 ONE_DENSE = {"first_k_dense_replace": 1, "num_hidden_layers": 3}
 GROUPS = {"n_group": 4, "topk_group": 2}
 NO_GROUPS = {"n_group": 1, "topk_group": 1}
 
 MOE_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "afmoe": ("afmoe", {**MIXED, **PLAIN, "num_dense_layers": 1, "head_dim": 16, "num_shared_experts": 1}),
+    "afmoe": ("afmoe", {**MIXED, **EXPERTS, "num_dense_layers": 1, "head_dim": 16, "num_shared_experts": 1}),
     "aria_text": ("aria_text", {"moe_num_experts": 8, "moe_topk": 2, "intermediate_size": 32}),
     "axk1": ("axk1", {**ROUTED, **LATENT, **GROUPS, "mlp_layer_types": ["dense", "sparse"]}),
-    "beam": ("beam", {**MIXED, **PLAIN, **GROUPS, "head_dim": 16, "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"]}),
-    "cohere2_moe": ("cohere2_moe", {**MIXED, **PLAIN, "head_dim": 16, "num_shared_experts": 1, "intermediate_size": 32}),
-    "flint": ("flint", {**MIXED, **PLAIN, "head_dim": 16, "shared_expert_intermediate_size": 32}),
+    "beam": ("beam", {**MIXED, **EXPERTS, **GROUPS, "head_dim": 16, "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"]}),
+    "cohere2_moe": ("cohere2_moe", {**MIXED, **EXPERTS, "head_dim": 16, "num_shared_experts": 1, "intermediate_size": 32}),
+    "flint": ("flint", {**MIXED, **EXPERTS, "head_dim": 16, "shared_expert_intermediate_size": 32}),
     "granitemoe_swa": ("granitemoe_swa", {**MIXED, **LOCAL, "shared_intermediate_size": 32}),
-    "hy_v3": ("hy_v3", {**PLAIN, "head_dim": 16, "num_shared_experts": 1, "mlp_layer_types": ["dense", "sparse"]}),
-    "kolibri1": ("kolibri1", {**MIXED, **PLAIN, "head_dim": 16, "shared_expert_intermediate_size": 32}),
-    "mellum": ("mellum", {**MIXED, **PLAIN, "head_dim": 16}),
+    "hy_v3": ("hy_v3", {**EXPERTS, "head_dim": 16, "num_shared_experts": 1, "mlp_layer_types": ["dense", "sparse"]}),
+    "kolibri1": ("kolibri1", {**MIXED, **EXPERTS, "head_dim": 16, "shared_expert_intermediate_size": 32}),
+    "mellum": ("mellum", {**MIXED, **EXPERTS, "head_dim": 16}),
     "dbrx": (
         "dbrx",
         {
@@ -60,7 +48,7 @@ MOE_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "moe_num_shared_experts": 1,
         },
     ),
-    "exaone_moe": ("exaone_moe", {**MIXED, **PLAIN}),
+    "exaone_moe": ("exaone_moe", {**MIXED, **EXPERTS}),
     "flex_olmo": ("flex_olmo", {"num_experts": 8, "num_experts_per_tok": 2}),
     "gemma4_text_moe": (
         "gemma4_text",
@@ -85,7 +73,7 @@ MOE_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "granitemoeshared": ("granitemoeshared", {**LOCAL, "shared_intermediate_size": 32}),
     "hunyuan_v1_moe": ("hunyuan_v1_moe", {"head_dim": 16, "num_experts": 8, "moe_topk": 2}),
     "jetmoe": ("jetmoe", {"kv_channels": 16, "num_local_experts": 4, "num_experts_per_tok": 2}),
-    "laguna": ("laguna", PLAIN),
+    "laguna": ("laguna", EXPERTS),
     "llama4_text_moe": (
         "llama4_text",
         {
@@ -121,8 +109,8 @@ MOE_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("mixtral", LOCAL),
     "olmoe": ("olmoe", {"num_experts": 8, "num_experts_per_tok": 2}),
     "phimoe": ("phimoe", {**LOCAL, "sliding_window": 8}),
-    "qwen2_moe": ("qwen2_moe", {**PLAIN, "shared_expert_intermediate_size": 64}),
-    "qwen3_moe": ("qwen3_moe", {**PLAIN, "head_dim": 16, "norm_topk_prob": True}),
+    "qwen2_moe": ("qwen2_moe", {**EXPERTS, "shared_expert_intermediate_size": 64}),
+    "qwen3_moe": ("qwen3_moe", {**EXPERTS, "head_dim": 16, "norm_topk_prob": True}),
     "solar_open": ("solar_open", {**ROUTED, "head_dim": 16}),
 }
 """Test name -> (model_type, overrides of `families.COMMON`)."""

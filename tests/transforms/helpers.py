@@ -14,6 +14,7 @@ from autodeploy.capture.skeleton import skeleton_of
 from autodeploy.program import Program
 from autodeploy.specs import Target
 from autodeploy.transforms.base import Transform
+from autodeploy.transforms.pipeline import Pipeline
 from tests.models.families import make_model
 
 VOCAB, WIDTH = 64, 16
@@ -48,7 +49,5 @@ def family_program(name: str, **overrides: Any) -> tuple[Program, Any]:
 
 def apply(program: Program, *passes: Transform) -> list[int]:
     """Rewrites of each pass; the program checks after each."""
-    from autodeploy.transforms.pipeline import Pipeline
-
     Pipeline(passes).run(program, Target())
     return [record.rewrites for record in program.history[-len(passes) :]]

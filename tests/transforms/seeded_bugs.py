@@ -18,10 +18,10 @@ from autodeploy import Effect, Pipeline, Program, Target, default_pipeline
 from autodeploy import custom_ops as ops
 from autodeploy.capture.export import capture
 from autodeploy.capture.skeleton import skeleton_of
+from autodeploy.recipes import Cast, Cat, Recipe, Reshape, Slice, Take, Unary
 from autodeploy.transforms.rewrite import aten, calls, erase_dead, insert_call, insert_parameter, replace_call, val
 from autodeploy.transforms.verify import VerificationError, verify_structure
 from autodeploy.transforms.verify_numeric import NumericVerifier, leaf_types
-from autodeploy.weights import Cast, Cat, Recipe, Reshape, Slice, Take, Unary
 from tests.models.families import make_model
 from tests.transforms.helpers import family_program
 

@@ -14,6 +14,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 import autodeploy
 from autodeploy import Program, Target, UnsupportedModelError, default_pipeline
 from autodeploy import custom_ops as ops
+from autodeploy.recipes import Reshape, Slice, Take, evaluate, substitute
 from autodeploy.specs import LatentKV
 from autodeploy.transforms.absorb_latent import AbsorbLatent
 from autodeploy.transforms.cleanup import Cleanup
@@ -21,8 +22,8 @@ from autodeploy.transforms.insert_paged_attention import InsertPagedAttention
 from autodeploy.transforms.pipeline import Pipeline
 from autodeploy.transforms.rewrite import calls
 from autodeploy.transforms.verify_numeric import NumericVerifier, leaf_types
-from autodeploy.weights import Reshape, Slice, Take, evaluate, substitute
-from tests.models.families import COMMON, LATENT, make_model
+from tests.models.families import COMMON, make_model
+from tests.models.mechanisms import LATENT
 from tests.models.parity import check_logits
 from tests.transforms.helpers import WIDTH, apply, family_program, toy_program
 
@@ -229,7 +230,7 @@ def test_the_weights_are_cut_by_recipes_that_can_be_saved_and_read_as_formulas(t
     assert str(loaded) == str(program) and loaded.weights.recipes == program.weights.recipes
     weight = torch.arange(H * (DN + DV) * R).view(-1, R)
     moved = substitute(program.weights["extra.kv.values"], {whole.name: Take("w")})
-    cut = evaluate(moved, lambda leaf: {"w": weight}[leaf.name])  # pyright: ignore
+    cut = evaluate(moved, lambda leaf: {"w": weight}[leaf.name])
     assert torch.equal(cut[2], weight[2 * (DN + DV) + DN : 3 * (DN + DV)])
 
 

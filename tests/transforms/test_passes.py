@@ -11,6 +11,7 @@ from torch import nn
 
 from autodeploy import ConfigError, TransformError, default_pipeline
 from autodeploy import custom_ops as ops
+from autodeploy.recipes import Cat, Take
 from autodeploy.specs import Target
 from autodeploy.transforms.cleanup import Cleanup
 from autodeploy.transforms.fuse_add_norm import FuseAddNorm
@@ -22,7 +23,6 @@ from autodeploy.transforms.match_norm import MatchNorm
 from autodeploy.transforms.match_rope import MatchRope
 from autodeploy.transforms.rewrite import aten, calls
 from autodeploy.transforms.select_kernels import SelectKernels
-from autodeploy.weights import Cat, Take
 from tests.transforms.helpers import WIDTH, apply, family_program, toy_program
 
 

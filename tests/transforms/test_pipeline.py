@@ -16,13 +16,13 @@ from torch import fx
 from autodeploy import Pipeline, Program, Target, Transform, TransformError, default_pipeline
 from autodeploy import custom_ops as ops
 from autodeploy.errors import ConfigError, ProgramFileError
+from autodeploy.recipes import Take
 from autodeploy.transforms.base import Effect
 from autodeploy.transforms.cleanup import Cleanup
 from autodeploy.transforms.match_mlp import MatchMLP
 from autodeploy.transforms.pipeline import _changes
 from autodeploy.transforms.reproducer import read_reproducer
 from autodeploy.transforms.rewrite import calls, insert_call, replace_call, val
-from autodeploy.weights import Take
 from tests.transforms.helpers import family_program
 
 aten = torch.ops.aten

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from autodeploy import UnsupportedModelError, default_pipeline
+from autodeploy.executor.model_runner import _executable
 from autodeploy.specs import Target
 from autodeploy.transforms.cleanup import Cleanup
 from autodeploy.transforms.prove_packing import ProvePacking
@@ -49,8 +50,6 @@ def test_counting_along_the_row_becomes_position_ids(body) -> None:
 
 
 def run(program, toy, *inputs):
-    from autodeploy.executor.model_runner import _executable
-
     tensors = dict(toy.named_parameters())
     return _executable(program, {name: tensors[name] for name in program.weights}, "cpu")(*inputs)
 
@@ -69,6 +68,7 @@ MIXING = {
     "last rows of a table": lambda toy, x, p: x + toy.embed.weight[-x.shape[1] :],
     "twice the row length": lambda toy, x, p: x * (2 * x.shape[1]),
     "filled with the row length": lambda toy, x, p: x + torch.full_like(x, x.shape[1]),
+    "windows": lambda toy, x, p: x.unfold(1, 1, 1)[..., 0],
     "pick": lambda toy, x, p: x[:, p[0].flip(0)],
     "reshape across": lambda toy, x, p: x.reshape(4, -1, 4).transpose(0, 1).reshape(1, -1, 16),
     "einsum": lambda toy, x, p: torch.einsum("bth,bsh->bts", x, x).relu() @ x,

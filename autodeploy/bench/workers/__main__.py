@@ -8,8 +8,6 @@ import time
 import traceback
 from typing import Any
 
-IGNORED = {"do"}
-
 
 def main() -> None:
     begun = time.perf_counter()
@@ -19,8 +17,8 @@ def main() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         try:
-            answer = worker.do(request["do"], {key: value for key, value in request.items() if key not in IGNORED})
-        except Exception as error:
+            answer = worker.do(request.pop("do"), request)
+        except Exception as error:  # whatever it is, the process that asked is told, and may ask for more
             traceback.print_exc()
             answer = {"error": " ".join(f"{type(error).__name__}: {error}".split())[:500]}
         answers.write(json.dumps(answer) + "\n")
@@ -29,7 +27,7 @@ def main() -> None:
 
 
 class Worker:
-    """`import` loads the file of an engine; then its functions are called by name, with the time they ended."""
+    """Calls the functions of an engine's file by name; answers carry the times of this process, and when they were ready."""
 
     def __init__(self, name: str, begun: float) -> None:
         self.name, self.begun = name, begun

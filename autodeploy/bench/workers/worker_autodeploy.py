@@ -8,6 +8,7 @@ from typing import Any
 
 import autodeploy
 from autodeploy import LLM, SamplingParams
+from autodeploy.specs import STATES, bytes_per_request, window_of_pool
 
 llm: Any = None
 
@@ -42,10 +43,9 @@ class StepClock:
 
 def load(model: str, threads: int, options: dict[str, Any]) -> dict[str, Any]:
     """torch takes its threads from the environment."""
-    started = time.perf_counter()
     globals()["llm"] = LLM(model, skip_tokenizer_init=True, **options)
     versions = {"autodeploy": autodeploy.__version__, **{name: version(name) for name in ("torch", "transformers")}}
-    return {"versions": versions, "constructed_from": started}
+    return {"versions": versions}
 
 
 def phases() -> dict[str, Any]:
@@ -57,12 +57,11 @@ def phases() -> dict[str, Any]:
 def facts() -> dict[str, Any]:
     """What the arithmetic needs of the model as compiled, and what it takes."""
     compiled = llm.compiled
-    specs = list(compiled.program.caches.values())
-    paged = [spec for spec in specs if spec.pool != "states"]
+    specs = compiled.program.caches.values()
     return {
-        "kv": [[spec.bytes_per_unit(1), getattr(spec, "window", 0)] for spec in paged],
-        "state_bytes": sum(spec.bytes_per_unit(1) for spec in specs if spec.pool == "states"),
-        "weight_bytes": sum(compiled.program.parameter(name).nbytes for name in compiled.program.weights),
+        "kv": [[spec.bytes_per_unit(1), window_of_pool(spec.pool)] for spec in specs if spec.pool != STATES],
+        "state_bytes": bytes_per_request(specs),
+        "weight_bytes": compiled.program.weight_bytes,
         "pool_bytes": sum(cache.nbytes for cache in compiled.runner.caches),
     }
 

@@ -1,0 +1,194 @@
+"""Recipes: how one parameter is made of checkpoint tensors, as steps that can be shown, saved, composed and evaluated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One step from sources to a tensor; a leaf has none. `str()` is the formula shown in program text."""
+
+    @property
+    def sources(self) -> tuple[Recipe, ...]:
+        return ()
+
+    def leaves(self) -> Iterator[Leaf]:
+        """Every `Take` and `Initial` below."""
+        for source in self.sources:
+            yield from source.leaves()
+
+    def apply(self, *tensors: Tensor) -> Tensor:
+        """This step alone, of its sources' tensors."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Leaf(Recipe):
+    """What is fetched by name, not made of anything."""
+
+    name: str
+
+    def leaves(self) -> Iterator[Leaf]:
+        yield self
+
+
+@dataclass(frozen=True)
+class Take(Leaf):
+    """A tensor of the checkpoint folder or of the live model, by its name there."""
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True)
+class Initial(Leaf):
+    """A value that no checkpoint holds: a non-persistent buffer or a constant, as the model's constructor made it."""
+
+    def __str__(self) -> str:
+        return f"initial({self.name})"
+
+
+@dataclass(frozen=True)
+class Unary(Recipe):
+    source: Recipe
+
+    @property
+    def sources(self) -> tuple[Recipe, ...]:
+        return (self.source,)
+
+
+@dataclass(frozen=True)
+class Cast(Unary):
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        return f"{self.source}.to({str(self.dtype).removeprefix('torch.')})"
+
+    def apply(self, *tensors: Tensor) -> Tensor:
+        return tensors[0].to(self.dtype)
+
+
+@dataclass(frozen=True)
+class Reshape(Unary):
+    """The same numbers in row-major order, in another shape."""
+
+    shape: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.source}.reshape({', '.join(map(str, self.shape))})"
+
+    def apply(self, *tensors: Tensor) -> Tensor:
+        return tensors[0].reshape(self.shape)
+
+
+@dataclass(frozen=True)
+class Slice(Unary):
+    """Elements [start, stop) of one dim."""
+
+    dim: int
+    start: int
+    stop: int
+
+    def __str__(self) -> str:
+        return f"{self.source}[{':, ' * self.dim}{self.start}:{self.stop}]"
+
+    def apply(self, *tensors: Tensor) -> Tensor:
+        return tensors[0].narrow(self.dim, self.start, self.stop - self.start)
+
+
+@dataclass(frozen=True)
+class Permute(Unary):
+    """The dims in another order, laid out anew."""
+
+    dims: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.source}.permute({', '.join(map(str, self.dims))})"
+
+    def apply(self, *tensors: Tensor) -> Tensor:
+        return tensors[0].permute(self.dims).contiguous()
+
+
+@dataclass(frozen=True)
+class Join(Recipe):
+    parts: tuple[Recipe, ...]
+    dim: int
+
+    @property
+    def sources(self) -> tuple[Recipe, ...]:
+        return self.parts
+
+
+@dataclass(frozen=True)
+class Stack(Join):
+    """Parts of one shape along a new dim, such as the experts of a layer."""
+
+    def __str__(self) -> str:
+        shown = map(str, self.parts) if len(self.parts) <= 3 else (str(self.parts[0]), "...", str(self.parts[-1]))
+        return f"stack({', '.join(shown)}, dim={self.dim})"
+
+    def apply(self, *tensors: Tensor) -> Tensor:
+        return torch.stack(tensors, dim=self.dim)
+
+
+@dataclass(frozen=True)
+class Cat(Join):
+    """Parts one after the other along a dim."""
+
+    def __str__(self) -> str:
+        return f"cat({', '.join(map(str, self.parts))}, dim={self.dim})"
+
+    def apply(self, *tensors: Tensor) -> Tensor:
+        return torch.cat(tensors, dim=self.dim)
+
+
+@dataclass(frozen=True, eq=False)
+class Convert(Recipe):
+    """A conversion that transformers defines and that is none of the verbs above.
+
+    convert maps {pattern: tensors} to {target name: tensor}; `target` is the one wanted here.
+    """
+
+    groups: tuple[tuple[str, tuple[Recipe, ...]], ...]
+    convert: Callable[[dict[str, list[Tensor]]], Mapping[str, Tensor]]
+    target: str
+
+    def __str__(self) -> str:
+        return f"convert({', '.join(map(str, self.sources))})"
+
+    @property
+    def sources(self) -> tuple[Recipe, ...]:
+        return tuple(recipe for _, recipes in self.groups for recipe in recipes)
+
+    def apply(self, *tensors: Tensor) -> Tensor:
+        remaining = iter(tensors)
+        collected = {pattern: [next(remaining) for _ in recipes] for pattern, recipes in self.groups}
+        return self.convert(collected)[self.target]
+
+
+Fetch = Callable[[Leaf], Tensor]
+
+
+def evaluate(recipe: Recipe, fetch: Fetch) -> Tensor:
+    """The recipe's tensor; `fetch` answers for the leaves. May share memory with a leaf."""
+    if isinstance(recipe, Leaf):
+        return fetch(recipe)
+    return recipe.apply(*(evaluate(source, fetch) for source in recipe.sources))
+
+
+def substitute(recipe: Recipe, leaves: Mapping[str, Recipe]) -> Recipe:
+    """The recipe with each `Take(name)` replaced by `leaves[name]`."""
+    match recipe:
+        case Take(name):
+            return leaves.get(name, recipe)
+        case Unary():
+            return replace(recipe, source=substitute(recipe.source, leaves))
+        case Join():
+            return replace(recipe, parts=tuple(substitute(part, leaves) for part in recipe.parts))
+        case _:
+            return recipe
