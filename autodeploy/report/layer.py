@@ -21,7 +21,7 @@ from autodeploy.report.markup import TIMES
 KINDS = {
     "linear": "linear mm bmm addmm matmul conv1d embedding",
     "attention": "attention paged_attention kv_append",
-    "norm": "rms_norm layer_norm",
+    "norm": "rms_norm add_rms_norm layer_norm",
     "rope": "rope",
     "activation": "gated_activation silu gelu relu sigmoid tanh",
     "movement": "view reshape transpose permute slice cat stack unsqueeze squeeze expand split split_with_sizes getitem select "

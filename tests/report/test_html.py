@@ -100,7 +100,7 @@ def test_the_body_is_well_formed(text: str) -> None:
 
 def test_one_layer_has_more_ops_before_than_after(text: str) -> None:
     before, after = drawn(text)
-    assert before.num_boxes > 2 * after.num_boxes
+    assert before.num_boxes >= 2 * after.num_boxes
     assert before.labels.count("attention") == 1
     assert after.labels.count("paged_attention") == after.labels.count("kv_append") == 1
     assert {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"} <= {*before.reads}
