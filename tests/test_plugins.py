@@ -62,8 +62,8 @@ def test_an_installed_plugin_is_not_even_imported_until_it_is_named() -> None:
     assert "my_passes" not in sys.modules
     edited = apply_plugins(default_pipeline(), ("my_passes",))
     assert "my_passes" in sys.modules
-    assert edited.without("fuse_add_norm") == default_pipeline()
-    assert foreign_text(edited) == "passes from elsewhere: fuse_add_norm (my_passes)\n"
+    assert edited.without("fuse_gated_linear") == default_pipeline()
+    assert foreign_text(edited) == "passes from elsewhere: fuse_gated_linear (my_passes)\n"
     assert not foreign_text(default_pipeline())
 
 
@@ -72,55 +72,57 @@ def test_a_compiled_model_has_the_pass_and_says_where_it_is_from(model: Any) -> 
     ids = torch.randint(0, 256, (2, 9))
     with torch.no_grad():
         torch.testing.assert_close(compiled(ids), model(ids).logits, rtol=1e-4, atol=1e-4)
-    assert "fuse_add_norm" in [record.name for record in compiled.program.history]
-    assert "passes from elsewhere: fuse_add_norm (my_passes)" in compiled.report()
+    assert "fuse_gated_linear" in [record.name for record in compiled.program.history]
+    assert "passes from elsewhere: fuse_gated_linear (my_passes)" in compiled.report()
     compiled.shutdown()
 
 
 def test_the_pass_is_right(model: Any) -> None:
-    from my_passes import FuseAddNorm, add_rms_norm  # pyright: ignore[reportMissingImports]
+    from my_passes import FuseGatedLinear, gated_linear  # pyright: ignore[reportMissingImports]
 
-    program = check_transform(model, FuseAddNorm(), rewrites=4, contains=add_rms_norm)
-    assert program.op_counts()["autodeploy.rms_norm"] == 1
+    program = check_transform(model, FuseGatedLinear(), rewrites=2, contains=gated_linear)
+    assert program.op_counts()["aten.linear"] == 13 and "autodeploy.gated_activation" not in program.op_counts()
 
 
 def test_the_wrong_twin_is_stopped_by_its_numbers_alone(model: Any) -> None:
     plugins = ["my_passes:wrong_plugin"]
-    with pytest.raises(TransformError, match=r"transform 'fuse_add_norm_wrongly': .*in float64 its logits differ by"):
+    with pytest.raises(TransformError, match=r"transform 'fuse_gated_linear_wrongly': .*in float64 its logits differ by"):
         autodeploy.compile(model, plugins=plugins, verify="numeric")
     autodeploy.compile(model, plugins=plugins, verify="structure").shutdown()
 
 
 def test_what_check_transform_refuses(model: Any) -> None:
-    from my_passes import FuseAddNorm, FuseAddNormWrongly  # pyright: ignore[reportMissingImports]
+    from my_passes import FuseGatedLinear, FuseGatedLinearWrongly  # pyright: ignore[reportMissingImports]
 
     tiny = make_model("llama", num_hidden_layers=1)
-    with pytest.raises(AssertionError, match="fuse_add_norm made 2 rewrites, not 3"):
-        check_transform(tiny, FuseAddNorm(), rewrites=3)
-    with pytest.raises(AssertionError, match=r"after fuse_add_norm there is no call of autodeploy\.layer_norm; there are aten\."):
-        check_transform(tiny, FuseAddNorm(), rewrites=2, contains=autodeploy.ops.layer_norm)
-    with pytest.raises(TransformError, match="transform 'fuse_add_norm_wrongly'"):
-        check_transform(tiny, FuseAddNormWrongly(), rewrites=2)
+    with pytest.raises(AssertionError, match="fuse_gated_linear made 1 rewrites, not 3"):
+        check_transform(tiny, FuseGatedLinear(), rewrites=3)
+    with pytest.raises(
+        AssertionError, match=r"after fuse_gated_linear there is no call of autodeploy\.layer_norm; there are aten\."
+    ):
+        check_transform(tiny, FuseGatedLinear(), rewrites=1, contains=autodeploy.ops.layer_norm)
+    with pytest.raises(TransformError, match="transform 'fuse_gated_linear_wrongly'"):
+        check_transform(tiny, FuseGatedLinearWrongly(), rewrites=1)
     with pytest.raises(ConfigError, match="Did you mean 'match_norm'"):
-        check_transform(tiny, FuseAddNorm(), rewrites=2, after="match_nrm")
+        check_transform(tiny, FuseGatedLinear(), rewrites=1, after="match_nrm")
 
 
 def test_a_pass_that_never_ends_is_refused() -> None:
-    from my_passes import FuseAddNorm  # pyright: ignore[reportMissingImports]
+    from my_passes import FuseGatedLinear  # pyright: ignore[reportMissingImports]
 
-    class Restless(FuseAddNorm):
+    class Restless(FuseGatedLinear):
         name = "restless"
 
         def apply(self, program: Any, target: Any) -> int:
             return super().apply(program, target) or 1
 
     with pytest.raises(AssertionError, match="restless, applied once more, made 1 rewrites"):
-        check_transform(make_model("llama", num_hidden_layers=1), Restless(), rewrites=2)
+        check_transform(make_model("llama", num_hidden_layers=1), Restless(), rewrites=1)
 
 
 def test_the_pass_is_short() -> None:
     tree = ast.parse((EXAMPLE / "my_passes" / "__init__.py").read_text())
-    (found,) = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "FuseAddNorm"]
+    (found,) = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "FuseGatedLinear"]
     first = found.decorator_list[0].lineno
     assert (found.end_lineno or 0) - first + 1 <= 30
 
@@ -171,26 +173,26 @@ def test_two_packages_with_one_name_are_both_named(elsewhere: Path) -> None:
 def test_plugins_edit_a_given_pipeline_and_a_function_edits_theirs(model: Any) -> None:
     short = default_pipeline().without("fuse_linears")
     edited = pipeline_of(LLMArgs(model=model, plugins="my_passes", pipeline=short))
-    assert "fuse_add_norm" in edited.names()
-    assert edited.without("fuse_add_norm") == short
-    args = LLMArgs(model=model, plugins="my_passes", pipeline=lambda pipeline: pipeline.without("fuse_add_norm"))
+    assert "fuse_gated_linear" in edited.names()
+    assert edited.without("fuse_gated_linear") == short
+    args = LLMArgs(model=model, plugins="my_passes", pipeline=lambda pipeline: pipeline.without("fuse_gated_linear"))
     assert pipeline_of(args) == default_pipeline()
 
 
 def test_settings_change_options() -> None:
     pipeline = apply_plugins(default_pipeline(), ("my_passes",))
-    edited: Any = apply_settings(pipeline, ["fuse_add_norm.min_width=128"])
-    assert edited.passes[edited.index("fuse_add_norm")].min_width == 128
+    edited: Any = apply_settings(pipeline, ["fuse_gated_linear.min_width=128"])
+    assert edited.passes[edited.index("fuse_gated_linear")].min_width == 128
 
 
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
         ("min_width=1", "'min_width=1' is not of the form pass.option=value"),
-        ("fuse_ad_norm.min_width=1", "Did you mean 'fuse_add_norm'"),
-        ("fuse_add_norm.min_widht=1", "has no option 'min_widht'. Did you mean 'min_width'"),
+        ("fuse_gated_liner.min_width=1", "Did you mean 'fuse_gated_linear'"),
+        ("fuse_gated_linear.min_widht=1", "has no option 'min_widht'. Did you mean 'min_width'"),
         ("cleanup.name=xx", "pass 'cleanup' has no option 'name'. It has: none"),
-        ("fuse_add_norm.min_width=wide", "pass 'fuse_add_norm': min_width='wide' is a str, but an int is needed"),
+        ("fuse_gated_linear.min_width=wide", "pass 'fuse_gated_linear': min_width='wide' is a str, but an int is needed"),
     ],
 )
 def test_wrong_settings_are_refused(setting: str, message: str) -> None:
@@ -200,10 +202,10 @@ def test_wrong_settings_are_refused(setting: str, message: str) -> None:
 
 def test_a_file_edits_the_pipeline(tmp_path: Path) -> None:
     file = tmp_path / "edits.yaml"
-    file.write_text("plugins: [my_passes]\nwithout: [fuse_linears]\nconfigure:\n  fuse_add_norm: {min_width: 128}\n")
+    file.write_text("plugins: [my_passes]\nwithout: [fuse_linears]\nconfigure:\n  fuse_gated_linear: {min_width: 128}\n")
     edited: Any = apply_file(default_pipeline(), file)
     assert "fuse_linears" not in edited.names()
-    assert edited.passes[edited.index("fuse_add_norm")].min_width == 128
+    assert edited.passes[edited.index("fuse_gated_linear")].min_width == 128
     file.write_text("# nothing\n")
     assert apply_file(default_pipeline(), file) == default_pipeline()
 
@@ -229,14 +231,14 @@ def test_a_wrong_file_is_refused(text: str, message: str, tmp_path: Path) -> Non
 def test_the_report_takes_plugins_settings_and_a_file_too_and_lists_passes_from_elsewhere(tmp_path: Path) -> None:
     file, page = tmp_path / "edits.yaml", tmp_path / "report.html"
     file.write_text("without: [fuse_linears]\n")
-    options = ["--plugin", "my_passes", "--pipeline", str(file), "--set", "fuse_add_norm.min_width=1", "-o", str(page)]
+    options = ["--plugin", "my_passes", "--pipeline", str(file), "--set", "fuse_gated_linear.min_width=1", "-o", str(page)]
     done = CliRunner().invoke(app, ["report", str(DEMO_MODEL), *options], catch_exceptions=False)
     assert done.exit_code == 0
     text = page.read_text(encoding="utf-8")
-    assert "Passes from elsewhere: <code>fuse_add_norm</code> (my_passes)" in text
+    assert "Passes from elsewhere: <code>fuse_gated_linear</code> (my_passes)" in text
     assert "<code>fuse_linears</code>" not in text
     with pytest.raises(ConfigError, match="has no option 'min_widht'"):
-        wrong = ["report", str(DEMO_MODEL), "--plugin", "my_passes", "--set", "fuse_add_norm.min_widht=1"]
+        wrong = ["report", str(DEMO_MODEL), "--plugin", "my_passes", "--set", "fuse_gated_linear.min_widht=1"]
         CliRunner().invoke(app, wrong, catch_exceptions=False)
 
 
@@ -246,5 +248,7 @@ def test_the_command_takes_plugins_and_settings() -> None:
         assert done.exit_code == 0
         return done.stdout
 
-    assert "autodeploy.add_rms_norm(" in inspect("--after", "fuse_add_norm")
-    assert "autodeploy.add_rms_norm(" not in inspect("--after", "fuse_add_norm", "--set", "fuse_add_norm.min_width=100000")
+    assert "autodeploy.gated_linear(" in inspect("--after", "fuse_gated_linear")
+    assert "autodeploy.gated_linear(" not in inspect(
+        "--after", "fuse_gated_linear", "--set", "fuse_gated_linear.min_width=100000"
+    )

@@ -1,14 +1,15 @@
 """Semantic ops of the graph, each with its reference and its providers."""
 
+from autodeploy.custom_ops import cpp_attention, cpp_linear, cpp_pointwise  # noqa: F401, they register their providers
 from autodeploy.custom_ops.attention import attention, kv_append, paged_attention
 from autodeploy.custom_ops.attention_backend import AttentionBackend, LoweredAttention, register_attention_backend
 from autodeploy.custom_ops.conv import causal_conv1d, token_shift
 from autodeploy.custom_ops.delta_rule import gated_delta_rule
-from autodeploy.custom_ops.linear import linear_op
+from autodeploy.custom_ops.linear import embedding_op, linear_op
 from autodeploy.custom_ops.linear_attention import wkv
 from autodeploy.custom_ops.moe import expert_linear, moe
 from autodeploy.custom_ops.op import PROVIDED, SEMANTIC_OPS, Provider, SemanticOp, provider_at_work, semantic_op, symbolic
-from autodeploy.custom_ops.pointwise import gated_activation, layer_norm, rms_norm, rope
+from autodeploy.custom_ops.pointwise import add_rms_norm, gated_activation, layer_norm, rms_norm, rope
 from autodeploy.custom_ops.scan import linear_scan, selective_scan, ssd
 
 __all__ = [
@@ -18,8 +19,10 @@ __all__ = [
     "LoweredAttention",
     "Provider",
     "SemanticOp",
+    "add_rms_norm",
     "attention",
     "causal_conv1d",
+    "embedding_op",
     "expert_linear",
     "gated_activation",
     "gated_delta_rule",

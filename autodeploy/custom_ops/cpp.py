@@ -1,7 +1,7 @@
 """Own C++ kernels for CPUs: built once by the compiler that is there, for what this CPU can do, and called with plain pointers.
 
-The sources need no torch header, so a build takes seconds. `AUTODEPLOY_NO_CPP=1` does without them, `AUTODEPLOY_CPP_ISA` chooses a
-lower instruction set of `ISAS`, `AUTODEPLOY_CPP_SANITIZE=1` builds with ASan and UBSan (libasan must then be preloaded).
+The sources need no torch header, so a build takes seconds. `AUTODEPLOY_NO_CPP=1` does without them, `AUTODEPLOY_CPP_ISA` chooses
+a lower instruction set of `ISAS`, `AUTODEPLOY_CPP_SANITIZE=1` builds with ASan and UBSan (libasan must then be preloaded).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache, cached_property
@@ -79,6 +80,25 @@ class Kernel:
 
     def __call__(self, *args: Any) -> None:
         self.bound(*args)
+        if (calls := getattr(_recording, "calls", None)) is not None:
+            calls.append((self.bound, args))
+
+
+_recording = threading.local()
+
+
+@contextmanager
+def record_kernels() -> Iterator[list[tuple[Any, tuple[Any, ...]]]]:
+    """Lists the raw calls of kernels, as (function, arguments), that this thread makes meanwhile.
+
+    They may be made again as long as the tensors behind the pointers stay: so a number among the arguments may follow from shapes
+    and settings, never from what a tensor holds.
+    """
+    _recording.calls = calls = []
+    try:
+        yield calls
+    finally:
+        _recording.calls = None
 
 
 def isas() -> list[str]:

@@ -1,4 +1,4 @@
-"""Linear layers: aten.linear, and a provider whose weights are laid out for oneDNN once, while loading."""
+"""Linear layers and embedding tables: aten's ops, and a provider whose weights are laid out for oneDNN once, while loading."""
 
 from __future__ import annotations
 
@@ -19,6 +19,11 @@ MIN_WEIGHT = 1 << 16
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [..., K], weight [N, K], bias [N] -> [..., N]."""
     return F.linear(x, weight, bias)
+
+
+def embedding(weight: Tensor, indices: Tensor, *_: object) -> Tensor:
+    """weight [N, K], indices [...] -> [..., K]; what else aten.embedding is given matters to gradients alone."""
+    return F.embedding(indices, weight)
 
 
 def packed_linear(x: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
@@ -44,4 +49,5 @@ def against_packing(target: Any, x: Tensor, weight: Tensor, bias: Tensor | None 
 
 
 linear_op = adopted_op(torch.ops.aten.linear.default, linear)
+embedding_op = adopted_op(torch.ops.aten.embedding.default, embedding)
 linear_op.register(Provider("onednn", packed_linear, against_packing, {"weight": pack}))

@@ -22,6 +22,10 @@ EXPERT_ACTIVATIONS = {
 """What `activation` may be, beside "swish", which is x * sigmoid(alpha * x)."""
 
 
+Expert = Callable[[Tensor, Tensor | None], Tensor]
+"""A packed expert's matrix: (rows [S, K], bias [N] or None) -> [S, N]."""
+
+
 def gate_experts(
     gate_up: Tensor, layout: str, activation: str, alpha: float = 1.0, limit: float = 0.0, offset: float = 0.0
 ) -> Tensor:
@@ -92,8 +96,8 @@ def packed_moe(
     x: Tensor,
     expert_index: Tensor,
     expert_weights: Tensor,
-    gate_up: Any,
-    down: Any,
+    gate_up: list[Expert],
+    down: list[Expert],
     gate_up_bias: Tensor | None,
     down_bias: Tensor | None,
     transposed: bool,
@@ -103,19 +107,28 @@ def packed_moe(
     limit: float,
     offset: float,
 ) -> Tensor:
-    """As `moe`, of weights as `pack_experts` has made them."""
+    """As `moe`, of experts that are packed each by itself."""
 
     def gated(expert: int, rows: Tensor) -> Tensor:
-        hidden = packed_linear(rows, gate_up[expert], None if gate_up_bias is None else gate_up_bias[expert])
+        hidden = gate_up[expert](rows, None if gate_up_bias is None else gate_up_bias[expert])
         hidden = gate_experts(hidden, layout, activation, alpha, limit, offset)
-        return packed_linear(hidden.contiguous(), down[expert], None if down_bias is None else down_bias[expert])
+        return down[expert](hidden.contiguous(), None if down_bias is None else down_bias[expert])
 
     return _sum_experts(x, expert_index, expert_weights, len(down), gated)
 
 
-def pack_experts(weights: Tensor, call: Mapping[str, Any]) -> list[Any]:
+def expert_matrices(weights: Tensor, call: Mapping[str, Any]) -> Iterator[Tensor]:
+    """Each expert's [outputs, inputs], of the weights as the call stores them."""
+    return (weight.T if call["transposed"] else weight for weight in weights)
+
+
+def pack_experts(weights: Tensor, call: Mapping[str, Any]) -> list[Expert]:
     """Each expert's matrix in oneDNN's own layout."""
-    return [pack(weight.T if call["transposed"] else weight) for weight in weights]
+    return [_packed_expert(pack(matrix)) for matrix in expert_matrices(weights, call)]
+
+
+def _packed_expert(packed: Any) -> Expert:
+    return lambda x, bias: packed_linear(x, packed, bias)
 
 
 def _against_packing(target: Any, x: Tensor, index: Tensor, weights: Tensor, gate_up: Tensor, *_: Any) -> list[str]:

@@ -18,8 +18,12 @@ ACTIVATIONS = {
 
 
 def _like_first(x: Tensor, *_: object) -> Tensor:
-    """Shape rule of all four: as the first argument, in shape, dtype and layout."""
+    """Shape rule of all these: as the first argument, in shape, dtype and layout."""
     return torch.empty_like(x)
+
+
+def _two_like_first(x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(x)
 
 
 @semantic_op(fake=_like_first)
@@ -36,6 +40,15 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, offset: float, weight
     if weight_in_float:
         return (normed * (offset + weight.to(normed.dtype))).to(x.dtype)
     return (offset + weight if offset else weight) * normed.to(x.dtype)
+
+
+@semantic_op(fake=_two_like_first)
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, offset: float, weight_in_float: bool
+) -> tuple[Tensor, Tensor]:
+    """(sum, rms_norm(sum)) of sum = x + residual, rounded to their dtype; x and residual [..., C], of one layout."""
+    total = x + residual
+    return total, rms_norm.reference(total, weight, eps, offset, weight_in_float)
 
 
 @semantic_op(fake=_like_first)

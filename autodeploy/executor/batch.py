@@ -10,6 +10,9 @@ from autodeploy.executor.kv_cache import SCRATCH_PAGE, CacheManager
 from autodeploy.executor.scheduler import ScheduledBatch, ScheduledRequest
 from autodeploy.specs import BatchMetadata, input_of_pool
 
+MIN_PAGES = 8
+"""Columns of the narrowest page table; wider ones are powers of two."""
+
 
 @dataclass(frozen=True, slots=True)
 class WantedRows:
@@ -43,6 +46,7 @@ class BatchBuilder:
         """The step's arrays, and which rows of its logits belong to whom."""
         entries = batch.requests
         num_pages = max((pool.num_pages_for(entry.stop) for _, pool in self.pools for entry in entries), default=1)
+        num_pages = max(MIN_PAGES, 1 << (num_pages - 1).bit_length())  # few different shapes
         self._ensure_room(batch.num_tokens, len(entries), num_pages)
         rows: list[WantedRows] = []
         first = 0

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
+import numpy as np
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 
 from autodeploy.custom_ops.attention_backend import backend_named
 from autodeploy.executor.batch import WantedRows
 from autodeploy.executor.packing import parameter_uses, read_packed, release_freed_memory
+from autodeploy.executor.recorded_step import Arena, RecordedStep, can_record, record
 from autodeploy.executor.request import Request
 from autodeploy.program import Program
 from autodeploy.specs import BatchMetadata
@@ -39,6 +41,9 @@ class Runner(Protocol):
         ...
 
 
+MAX_RECORDED_TOKENS, MAX_RECORDED_STEPS = 64, 256
+
+
 class ModelRunner:
     """A lowered program with its weights; `allocate` gives it its KV pool."""
 
@@ -61,6 +66,9 @@ class ModelRunner:
         self.module = _executable(program, tensors, device)
         self.backends = [backend_named(choice.provider) for choice in program.providers.get("attention", ())]
         self.caches: list[Tensor] = []
+        self.records_steps = device == "cpu" and can_record(self.module.graph)
+        self.recorded: dict[Any, RecordedStep] = {}
+        self.arena = Arena()
 
     def allocate(self, num_units: Mapping[str, int], page_size: int) -> None:
         """The caches. Their memory becomes resident as pages are first written."""
@@ -68,19 +76,33 @@ class ModelRunner:
             torch.empty(spec.shape(num_units[spec.pool], page_size), dtype=getattr(torch, spec.dtype), device=self.device)
             for spec in self.program.caches.values()
         ]
+        self.recorded.clear()
 
     @torch.inference_mode()
     def forward(self, batch: BatchMetadata, rows: list[WantedRows]) -> Tensor:
         for backend in self.backends:
             backend.plan(batch)
-        inputs = [torch.from_numpy(batch[name]).to(self.device) for name in self.program.inputs]
-        return self.module(*inputs, *self.caches)[0]
+        inputs = [batch[name] for name in self.program.inputs]
+        num_requests = len(batch["seq_lens"])
+        if self.records_steps and num_requests == batch["input_ids"].shape[1] <= MAX_RECORDED_TOKENS:
+            return self._run_recorded(inputs)
+        return self.module(*(torch.from_numpy(array).to(self.device) for array in inputs), *self.caches)[0]
+
+    def _run_recorded(self, inputs: list[np.ndarray]) -> Tensor:
+        """A decode step: recorded when the first of its shapes comes."""
+        shapes = tuple(array.shape for array in inputs)
+        if (step := self.recorded.get(shapes)) is not None:
+            return step.run(inputs)[0]
+        if len(self.recorded) == MAX_RECORDED_STEPS:
+            self.recorded.clear()
+        self.recorded[shapes] = step = record(self.module, inputs, self.caches, self.arena)
+        return step.output[0]
 
     def forget(self, request: Request) -> None:
         """Nothing is kept per request: its pages are the KV manager's."""
 
 
-def _executable(program: Program, tensors: dict[str, Tensor], device: str) -> nn.Module:
+def _executable(program: Program, tensors: dict[str, Tensor], device: str) -> fx.GraphModule:
     """The program's graph over real tensors, on their device; the program keeps its own (traced on the CPU)."""
     graph = fx.Graph()
     graph.output(graph.graph_copy(program.graph.graph, {}))

@@ -7,8 +7,11 @@ import torch
 from torch import Tensor
 
 from autodeploy.config import SamplingParams
+from autodeploy.custom_ops.cpp_sampling import at_least, largest_of_rows
 from autodeploy.errors import ExecutionError
 from autodeploy.executor.request import Request
+
+COLUMNS = 512
 
 
 class _History:
@@ -44,14 +47,12 @@ class Sampler:
     def __call__(self, logits: Tensor, requests: list[Request]) -> list[int | ExecutionError]:
         """One token per row of `logits` [num_requests, vocab], of any float dtype; an error for a row that is not finite."""
         logits = logits[:, : self.vocab_size]
-        highest, tokens = logits.max(dim=-1)
-        result: list[int | ExecutionError] = tokens.tolist()
-        is_finite = highest.isfinite()
-        if not is_finite.all():
-            for row in (~is_finite).nonzero().flatten().tolist():
-                result[row] = _not_finite(requests[row], highest[row].item())
+        highest, tokens = (found.tolist() for found in largest_of_rows(logits))
+        result: list[int | ExecutionError] = tokens
         for row, request in enumerate(requests):
-            if not request.sampling_params.is_plain_argmax and not isinstance(result[row], ExecutionError):
+            if not math.isfinite(highest[row]):
+                result[row] = _not_finite(request, highest[row])
+            elif not request.sampling_params.is_plain_argmax:
                 result[row] = self._sample(logits[row].float(), request)
         return result
 
@@ -68,9 +69,9 @@ class Sampler:
         if not request.may_stop:
             banned = [token for token in request.stop_ids if token < self.vocab_size]
             scores = scores.index_fill(0, torch.tensor(banned, dtype=torch.long, device=scores.device), -math.inf)
-        highest, best = scores.max(dim=-1)
-        if not highest.isfinite():
-            return _not_finite(request, highest.item())
+        highest, best = (found.item() for found in largest_of_rows(scores[None]))
+        if not math.isfinite(highest):
+            return _not_finite(request, highest)
         if params.greedy:
             return int(best)
         tokens, probabilities = distribution(scores, params)
@@ -109,22 +110,37 @@ def distribution(scores: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor
     """
     temperature = 1.0 if params.temperature is None else params.temperature
     scores = (scores - scores.max()) / temperature
-    tokens = torch.arange(len(scores), device=scores.device)
     if params.top_k is not None and 0 < params.top_k < len(scores):
-        tokens = (scores >= scores.topk(params.top_k).values[-1]).nonzero().flatten()
-        scores = scores[tokens]
-    probabilities = scores.softmax(dim=-1)
+        tokens = _largest(scores, params.top_k)
+        probabilities = scores[tokens].softmax(dim=-1)
+    else:
+        tokens = torch.arange(len(scores), device=scores.device)
+        probabilities = scores.softmax(dim=-1)
     if params.top_p is not None and params.top_p < 1.0:
-        likely = probabilities >= (1.0 - params.top_p) / len(probabilities)  # all others together weigh less than 1 - top_p
-        tokens, probabilities = tokens[likely], probabilities[likely]
-        probabilities, order = probabilities.sort(descending=True, stable=True)
+        likely = at_least(
+            probabilities, (1.0 - params.top_p) / len(probabilities)
+        )  # all others together weigh less than 1 - top_p
+        probabilities, order = probabilities[likely].sort(descending=True, stable=True)
         mass_before = probabilities.cumsum(dim=-1) - probabilities
         num_kept = int((mass_before < params.top_p).sum())
-        tokens, probabilities = tokens[order[:num_kept]], probabilities[:num_kept]
+        tokens, probabilities = tokens[likely[order[:num_kept]]], probabilities[:num_kept]
     if params.min_p:
-        is_kept = probabilities >= params.min_p * probabilities.max()
-        tokens, probabilities = tokens[is_kept], probabilities[is_kept]
+        kept = at_least(probabilities, float(params.min_p * probabilities.max()))
+        tokens, probabilities = tokens[kept], probabilities[kept]
     return tokens, probabilities / probabilities.sum()
+
+
+def _largest(scores: Tensor, count: int) -> Tensor:
+    """Where the largest numbers of `scores` [vocab] are, that many and all that tie with the last of them, in ascending order.
+
+    The largest numbers of as many columns are a bound that few others reach: only those are compared with each other.
+    """
+    columns = scores[: len(scores) // COLUMNS * COLUMNS].view(-1, COLUMNS)
+    if count > COLUMNS // 2 or not len(columns):
+        return at_least(scores, float(scores.topk(count).values[-1]))
+    places = at_least(scores, float(columns.amax(dim=0).topk(count).values[-1]))
+    candidates = scores[places]
+    return places[candidates >= candidates.topk(count).values[-1]]
 
 
 def _draw(probabilities: Tensor, uniform: float) -> int:

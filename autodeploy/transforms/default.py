@@ -5,6 +5,7 @@ from __future__ import annotations
 from autodeploy.specs import Target
 from autodeploy.transforms.absorb_latent import AbsorbLatent
 from autodeploy.transforms.cleanup import Cleanup
+from autodeploy.transforms.fuse_add_norm import FuseAddNorm
 from autodeploy.transforms.fuse_linears import FuseLinears
 from autodeploy.transforms.gather_logits import GatherLogits
 from autodeploy.transforms.insert_paged_attention import InsertPagedAttention
@@ -32,6 +33,7 @@ def default_pipeline(target: Target | None = None) -> Pipeline:
             # canonical: smaller caches; fewer, larger ops
             AbsorbLatent(),
             FuseLinears(),
+            FuseAddNorm(),
             # canonical -> lowered: caches, the rows that are sampled, kernels
             InsertPagedAttention(),
             InsertStates(),

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import fx
 
-from autodeploy.custom_ops import SEMANTIC_OPS, symbolic
+from autodeploy.custom_ops import SEMANTIC_OPS, Provider
 from autodeploy.program import Choice, Program
 from autodeploy.specs import Target
 from autodeploy.transforms.base import Transform
@@ -28,27 +28,45 @@ class SelectKernels(Transform):
     """Whether a provider may lay out weights anew, which a model in memory then no longer shares."""
 
     def apply(self, program: Program, target: Target) -> int:
-        rewrites, shared = 0, _shared(program)
-        for node in program.graph.graph.nodes:
-            if node.op == "call_function" and (op := SEMANTIC_OPS.get(node.target)):
-                args, kwargs = fx.map_arg((node.args, node.kwargs), val)  # pyright: ignore
-                provider, against = op.choose(target, *args, parameters=_parameters(node, shared) if self.pack else (), **kwargs)
-                node.target = provider.function
-                program.note_choice(op.name, Choice(provider.name, {name: tuple(why) for name, why in against.items()}))
-                rewrites += 1
-        return rewrites
+        calls = [node for node in program.graph.graph.nodes if node.op == "call_function" and node.target in SEMANTIC_OPS]
+        packable = _parameters(program) if self.pack else set()
+        chosen = _choose(calls, target, packable)
+        if contested := _contested(program, chosen):
+            chosen = _choose(calls, target, packable - contested)
+        for node in calls:
+            op = SEMANTIC_OPS[node.target]
+            provider, against = chosen[node]
+            node.target = provider.function
+            program.note_choice(op.name, Choice(provider.name, {name: tuple(why) for name, why in against.items()}))
+        return len(calls)
 
 
-def _parameters(node: fx.Node, shared: set[str]) -> list[str]:
-    """Names of the arguments that are parameters as they are, of calls like this one alone."""
-    given = arguments(node).items()
-    return [name for name, value in given if isinstance(value, fx.Node) and value.op == "get_attr" and value.target not in shared]
+Chosen = dict[fx.Node, tuple[Provider, dict[str, list[str]]]]
 
 
-def _shared(program: Program) -> set[str]:
-    """Parameters that calls of several kinds read: packed for one, a second copy would stay for the others."""
-    readers: dict[str, set[Any]] = defaultdict(set)
+def _choose(calls: list[fx.Node], target: Target, packable: set[str]) -> Chosen:
+    """The provider of each call when these parameters may be packed, and the reasons against others."""
+    chosen: Chosen = {}
+    for node in calls:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), val)  # pyright: ignore
+        given = arguments(node).items()
+        names = [
+            name for name, value in given if isinstance(value, fx.Node) and value.target in packable and value.op == "get_attr"
+        ]
+        chosen[node] = SEMANTIC_OPS[node.target].choose(target, *args, parameters=names, **kwargs)
+    return chosen
+
+
+def _parameters(program: Program) -> set[str]:
+    return {str(node.target) for node in program.graph.graph.nodes if node.op == "get_attr"}
+
+
+def _contested(program: Program, chosen: Chosen) -> set[str]:
+    """Parameters that their readers want in several forms (None: as they are): packed for one, a second copy would stay."""
+    wanted: dict[str, set[Any]] = defaultdict(set)
     for node in program.graph.graph.nodes:
-        if node.op == "get_attr":
-            readers[str(node.target)] |= {symbolic(user.target) for user in node.users}
-    return {name for name, targets in readers.items() if len(targets) > 1}
+        for user in node.users if node.op == "get_attr" else ():
+            packs = chosen[user][0].packs if user in chosen else {}
+            names = [name for name, value in arguments(user).items() if value is node] if packs else []
+            wanted[str(node.target)] |= {packs.get(name) for name in names} or {None}
+    return {name for name, forms in wanted.items() if len(forms) > 1}

@@ -20,6 +20,7 @@ from autodeploy.transforms.rewrite import arguments, derived_value
 ONE_DTYPE = {
     torch.ops.aten.linear.default: 3,
     ops.gated_activation.overload: 2,
+    ops.add_rms_norm.overload: 2,
     ops.attention.overload: 3,
     ops.kv_append.overload: 3,
     ops.paged_attention.overload: 2,

@@ -8,8 +8,9 @@ from functools import cached_property
 from math import prod
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
+from autodeploy.custom_ops import symbolic
 from autodeploy.custom_ops.recurrent import RECURRENT_OPS
 from autodeploy.program import Program
 from autodeploy.transforms.base import Effect
@@ -79,7 +80,12 @@ class NumericVerifier:
 
 
 def _working_dtype(program: Program) -> str:
-    return str(val(calls(program, aten.embedding.default)[0]).dtype).removeprefix("torch.")
+    return str(_lookups(program)[0].meta["val"].dtype).removeprefix("torch.")
+
+
+def _lookups(program: Program) -> list[fx.Node]:
+    """Calls of an embedding table, whoever provides them."""
+    return [node for node in program.graph.graph.nodes if symbolic(node.target) is aten.embedding.default]
 
 
 def difference(results: list[Tensor], references: list[Tensor]) -> float:
@@ -97,7 +103,7 @@ def difference(results: list[Tensor], references: list[Tensor]) -> float:
 
 def _requests(program: Program) -> list[Tensor]:
     """Token ids that every embedding table has rows for."""
-    rows = min((int(val(node.args[0]).shape[0]) for node in calls(program, aten.embedding.default)), default=2)
+    rows = min((int(val(node.args[0]).shape[0]) for node in _lookups(program)), default=2)
     generator = torch.Generator().manual_seed(0)
     return [torch.randint(0, rows, (length,), generator=generator) for length in LENGTHS]
 

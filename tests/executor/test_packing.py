@@ -1,4 +1,4 @@
-"""Weights are laid out for oneDNN once, while loading; what is read as it is stays as it is."""
+"""Weights are laid out once, while loading, in panels or for oneDNN; what is read as it is stays as it is."""
 
 from __future__ import annotations
 

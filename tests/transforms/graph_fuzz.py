@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from autodeploy import Pipeline, Program, Target, Transform, default_pipeline
 from tests.transforms.helpers import WIDTH, Toy, toy_program
 
-PASSES = default_pipeline().passes[: default_pipeline().index("fuse_linears") + 1]
+PASSES = default_pipeline().passes[: default_pipeline().index("fuse_add_norm") + 1]
 SIDE_BY_SIDE = 25
 """Models in one captured graph."""
 SHAPES: dict[str, tuple[int, ...]] = {
@@ -84,6 +84,24 @@ def norm(step: Step, x: Tensor, other: Tensor, weights: Weights, positions: Tens
         normed = (weights[step.weight] + step.offset if step.offset else weights[step.weight]) * normed
     result = normed.to(x.dtype) + mean.to(x.dtype) if step.second_user else normed.to(x.dtype)
     return result.flatten(-2) if step.heads else result
+
+
+def residual(step: Step, x: Tensor, other: Tensor, weights: Weights, positions: Tensor) -> Tensor:
+    """A sum, its norm, and the sum once more."""
+    added: Any = {
+        "another value": lambda: other,
+        "itself": lambda: x,
+        "vector": lambda: weights["vector1"],
+        "first": lambda: other[..., :1],
+        "wide": lambda: other.to(torch.float64),
+        "number": lambda: 1.5,
+        "turned": lambda: other.transpose(1, 2).contiguous().transpose(1, 2),
+    }[step.added]()
+    total = torch.add(x, added, alpha=step.alpha)
+    before = total.sin() if step.second_user == "before" else total
+    normed = total * torch.rsqrt(total.pow(2).mean(-1, keepdim=True) + 1e-6)
+    normed = weights["vector0"] * normed if step.weight else normed
+    return normed if step.second_user == "none" else before * normed
 
 
 def layer_norm(step: Step, x: Tensor, other: Tensor, weights: Weights, positions: Tensor) -> Tensor:
@@ -190,6 +208,15 @@ KINDS: dict[str, tuple[Any, dict[str, Option]]] = {
             "weight": Option(("vector0", None), ("vector1", "column", "single", "scalar", "another value", "computed")),
             "offset": Option((0, 1.0), (0.5,)),
             "second_user": NEVER,
+        },
+    ),
+    "residual": (
+        residual,
+        {
+            "added": Option(("another value", "itself"), ("vector", "first", "wide", "number", "turned")),
+            "alpha": Option((1,), (2,)),
+            "weight": FLAG,
+            "second_user": Option(("after", "before"), ("none",)),
         },
     ),
     "layer_norm": (

@@ -27,7 +27,7 @@ from tests.transforms.helpers import family_program
 
 Damage = Callable[[Program], None]
 REWRITE, FUSION, PARAMETERS, INPUTS = Effect.REWRITE, Effect.FUSION, Effect.PARAMETERS, Effect.INPUTS
-STAGES = {"exported": "cleanup", "canonical": "fuse_linears", "lowered": "gather_logits"}
+STAGES = {"exported": "cleanup", "canonical": "fuse_linears", "fused": "fuse_add_norm", "lowered": "gather_logits"}
 """Stage -> the last pass before the damage."""
 TWO_LAYERS: dict[str, Any] = {"num_hidden_layers": 2}
 MIXED = {**TWO_LAYERS, "layer_types": ["sliding_attention", "full_attention"]}
@@ -242,6 +242,28 @@ def norm_of_another_layer(program: Program) -> None:
     norms[2].args = (norms[1].args[0], *norms[2].args[1:])
 
 
+def results_of_sum(program: Program) -> tuple[fx.Node, fx.Node]:
+    """The sum and its norm, of the first of these calls."""
+    total, normed = calls(program, ops.add_rms_norm)[0].users
+    return total, normed
+
+
+def sum_for_its_norm(program: Program) -> None:
+    total, normed = results_of_sum(program)
+    total.args, normed.args = normed.args, total.args
+
+
+def added_twice(program: Program) -> None:
+    node = calls(program, ops.add_rms_norm)[0]
+    node.args = (node.args[0], node.args[0], *node.args[2:])
+
+
+def sum_without_residual(program: Program) -> None:
+    total, _ = results_of_sum(program)
+    node: Any = total.args[0]
+    total.replace_all_uses_with(node.args[0])
+
+
 def norm_skipped(program: Program) -> None:
     linear: Any = calls(program, aten.linear.default)[0]
     linear.args = (linear.args[0].args[0], *linear.args[1:])
@@ -302,6 +324,7 @@ def keys_rotated_with_values(program: Program) -> None:
 
 half, wide = torch.bfloat16, torch.float64
 norm, rope, gated, attend, paged = ops.rms_norm, ops.rope, ops.gated_activation, ops.attention, ops.paged_attention
+add_norm = ops.add_rms_norm
 linear, add, mul, getitem, split = (
     aten.linear.default,
     aten.add.Tensor,
@@ -310,7 +333,7 @@ linear, add, mul, getitem, split = (
     aten.split_with_sizes.default,
 )
 G, M, S, Q, P, Y = "granite_swa", "gemma2", "starcoder2", "qwen3", "gpt2", "youtu"
-C, L, X = "canonical", "lowered", "exported"
+C, F, L, X = "canonical", "fused", "lowered", "exported"
 
 BUGS = [
     # one number or argument of a call
@@ -372,6 +395,13 @@ BUGS = [
     Bug("only one of three users redirected", "numbers", G, X, REWRITE, one_user_only),
     Bug("linears read each other's weight", "numbers", G, X, REWRITE, exchange(linear, 1, 1, 2)),
     Bug("values rounded on the way", "numbers", G, C, FUSION, lambda program: rounded(program)),
+    Bug("sum and its norm exchanged", "numbers", G, F, FUSION, sum_for_its_norm),
+    Bug("residual added twice before a norm", "numbers", G, F, FUSION, added_twice),
+    Bug("sum with the residual of another layer", "numbers", G, F, FUSION, take(add_norm, 1, 0, 2)),
+    Bug("fused norm with another norm's weight", "numbers", G, F, FUSION, exchange(add_norm, 2, 0, 1)),
+    Bug("fused norm with another eps", "numbers", G, F, FUSION, edit(add_norm, 3, lambda eps: 1e-2)),
+    Bug("fused norm without its offset", "numbers", M, F, FUSION, edit(add_norm, 4, lambda offset: 0.0)),
+    Bug("readers of a sum get it without the residual", "numbers", G, F, FUSION, sum_without_residual),
     Bug("paged scale negated", "numbers", G, L, FUSION, edit(paged, 6, lambda scale: -scale)),
     Bug("paged window one short", "numbers", G, L, FUSION, edit(paged, 7, lambda window: window - 1)),
     Bug("paged softcap lost", "numbers", M, L, INPUTS, edit(paged, 8, lambda softcap: 0.0)),
@@ -435,6 +465,7 @@ BUGS = [
     Bug("input of a linear widened", "dtype", G, C, FUSION, before(linear, 0, aten.to.dtype, wide)),
     Bug("weight of a linear narrowed", "dtype", G, C, FUSION, before(linear, 1, aten.to.dtype, half)),
     Bug("input of a norm widened", "dtype", Q, C, FUSION, before(norm, 0, aten.to.dtype, torch.float32)),
+    Bug("residual of a fused norm widened", "dtype", Q, F, FUSION, before(add_norm, 1, aten.to.dtype, torch.float32)),
     Bug("residual in another dtype", "dtype", Q, C, FUSION, before(add, 0, aten.to.dtype, torch.float32)),
     Bug("logits in another dtype", "dtype", G, C, FUSION, lambda program: output_through(program, aten.to.dtype, half)),
     Bug("cast of cos left out", "dtype", Q, C, FUSION, lambda program: cos_uncast(program)),
@@ -443,6 +474,7 @@ BUGS = [
     Bug("keys narrowed before they are stored", "dtype", G, L, INPUTS, before(ops.kv_append, 0, aten.to.dtype, half)),
     Bug("cos widened", "dtype", Q, C, FUSION, before(rope, 1, aten.to.dtype, torch.float32)),
     Bug("up widened", "dtype", Q, C, FUSION, before(gated, 1, aten.to.dtype, torch.float32)),
+    Bug("a third result of two", "shape", G, F, FUSION, edit(getitem, 1, lambda place: 2, 3)),
     Bug("stale shape", "shape", G, C, REWRITE, value(linear, lambda known: known[..., :3])),
     Bug("input and weight of a linear swapped", "shape", G, C, REWRITE, swap(linear, 0, 1)),
     Bug("split sizes swapped", "shape", G, C, PARAMETERS, edit(split, 1, lambda sizes: [sizes[1], sizes[0], sizes[2]])),

@@ -31,7 +31,7 @@ from tests.transforms.graph_fuzz import (
 )
 from tests.transforms.helpers import apply, toy_program
 
-REWRITING = ("match_norm", "match_rope", "match_mlp", "fuse_linears")
+REWRITING = ("match_norm", "match_rope", "match_mlp", "fuse_linears", "fuse_add_norm")
 
 
 @pytest.fixture(autouse=True)
@@ -56,12 +56,12 @@ def test_five_thousand_random_models(first: int) -> None:
 
 
 def check(seeds: range) -> None:
-    """No pass fails, and each has something to do (in 300 models: 60 rewrites or more)."""
+    """No pass fails, and each has something to do (in 300 models: 37 rewrites or more)."""
     outcomes = [report(batch) for batch in side_by_side(seeds)]
     found = [outcome.failure for outcome in outcomes if outcome.failure]
     assert not found, "\n\n".join(found)
     rewrites = sum((outcome.rewrites for outcome in outcomes), Counter())
-    assert min(rewrites[name] for name in REWRITING) >= len(seeds) // 6, rewrites
+    assert min(rewrites[name] for name in REWRITING) >= len(seeds) // 8, rewrites
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,8 +100,8 @@ def test_a_view_across_tokens_of_a_fused_product_copies(split: bool) -> None:
 
 
 def test_the_plainest_step_of_every_kind_is_rewritten() -> None:
-    rewrites = outcome(*((plainest(kind),) for kind in ("norm", "layer_norm", "rope", "gated", "linears"))).rewrites
-    assert {name: rewrites[name] for name in REWRITING} == {"match_norm": 2, "match_rope": 1, "match_mlp": 1, "fuse_linears": 1}
+    rewrites = outcome(*((plainest(kind),) for kind in ("norm", "residual", "layer_norm", "rope", "gated", "linears"))).rewrites
+    assert [rewrites[name] for name in REWRITING] == [3, 1, 1, 1, 1]
 
 
 def test_rope_over_more_heads_than_its_input_has_is_left_alone() -> None:

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import operator
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from autodeploy import ConfigError, TransformError, default_pipeline
+from autodeploy import custom_ops as ops
 from autodeploy.recipes import Cat, Take
 from autodeploy.specs import Target
 from autodeploy.transforms.cleanup import Cleanup
+from autodeploy.transforms.fuse_add_norm import FuseAddNorm
 from autodeploy.transforms.fuse_linears import FuseLinears
 from autodeploy.transforms.gather_logits import GatherLogits
 from autodeploy.transforms.insert_paged_attention import InsertPagedAttention
 from autodeploy.transforms.match_mlp import MatchMLP
 from autodeploy.transforms.match_norm import MatchNorm
 from autodeploy.transforms.match_rope import MatchRope
+from autodeploy.transforms.rewrite import aten, calls
 from autodeploy.transforms.select_kernels import SelectKernels
 from tests.transforms.helpers import WIDTH, apply, family_program, toy_program
 
@@ -28,20 +33,20 @@ def run_family(name: str, **overrides):
 
 
 @pytest.mark.parametrize(
-    ("name", "norms", "ropes", "gated", "fused"),
+    ("name", "norms", "ropes", "gated", "fused", "sums"),
     [
-        ("qwen3", 9, 4, 2, 4),  # 2 layers x (2 norms + q and k norms) + final
-        ("gemma2", 17, 8, 4, 8),
-        ("cohere", 7, 4, 2, 2),  # one norm per layer, q and k norms
-        ("gpt2", 5, 0, 0, 0),
-        ("granite_swa", 9, 8, 4, 8),
-        ("minicpm3", 9, 4, 2, 4),
+        ("qwen3", 9, 4, 2, 4, 3),  # 2 layers x (2 norms + q and k norms) + final
+        ("gemma2", 17, 8, 4, 8, 7),
+        ("cohere", 7, 4, 2, 2, 0),  # one norm per layer, q and k norms
+        ("gpt2", 5, 0, 0, 0, 0),
+        ("granite_swa", 9, 8, 4, 8, 7),
+        ("minicpm3", 9, 4, 2, 4, 3),
     ],
 )
-def test_every_norm_rope_activation_and_joint_projection_of_a_family_is_found(name, norms, ropes, gated, fused) -> None:
+def test_every_norm_rope_activation_and_joint_projection_of_a_family_is_found(name, norms, ropes, gated, fused, sums) -> None:
     program, rewrites = run_family(name)
-    found = [rewrites[key] for key in ("match_norm", "match_rope", "match_mlp", "fuse_linears")]
-    assert found == [norms, ropes, gated, fused]
+    found = [rewrites[key] for key in ("match_norm", "match_rope", "match_mlp", "fuse_linears", "fuse_add_norm")]
+    assert found == [norms, ropes, gated, fused, sums]
     assert not any("rsqrt" in op for op in program.op_counts())
 
 
@@ -131,6 +136,42 @@ def test_a_weight_used_twice_is_not_fused() -> None:
 
     program, _ = toy_program(body, a=nn.Linear(WIDTH, WIDTH), b=nn.Linear(WIDTH, WIDTH))
     assert apply(program, FuseLinears()) == [0]
+
+
+def norm_of(x: torch.Tensor) -> torch.Tensor:
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+
+
+def test_a_sum_goes_to_all_its_readers_and_only_one_of_two_norms_is_fused() -> None:
+    def body(toy, x, positions):
+        total = x + x.exp()
+        return total.sin() * norm_of(total) + norm_of(total.cos() * 0 + total) + total
+
+    program, _ = toy_program(body)
+    assert apply(program, Cleanup(), MatchNorm(), FuseAddNorm())[1:] == [2, 1]
+    total, normed = calls(program, operator.getitem)
+    assert calls(program, ops.add_rms_norm)[0].args[2:] == (None, 1e-6, 0.0, False)
+    assert len(total.users) == 4 and [user.target for user in normed.users] == [aten.mul.Tensor]
+
+
+@pytest.mark.parametrize(
+    ("total", "also_read"),
+    [
+        (lambda x: torch.add(x, x.exp(), alpha=2), True),
+        (lambda x: x + x[..., :1], True),
+        (lambda x: x + 1.0, True),
+        (lambda x: x + x.exp().transpose(1, 2).contiguous().transpose(1, 2), True),
+        (lambda x: x + x.exp(), False),
+    ],
+    ids=["scaled", "broadcast", "number", "another layout", "read by the norm alone"],
+)
+def test_sums_that_are_not_fused_with_their_norm(total, also_read) -> None:
+    def body(toy, x, positions):
+        h = total(x)
+        return norm_of(h) + h if also_read else norm_of(h)
+
+    program, _ = toy_program(body)
+    assert apply(program, Cleanup(), MatchNorm(), FuseAddNorm())[1:] == [1, 0]
 
 
 def test_layers_with_shared_kv_share_one_cache_and_append_once() -> None:

@@ -42,7 +42,7 @@ def program() -> Iterator[Program]:
         return x
 
     program, _ = toy_program(body)
-    assert apply(program, SelectKernels()) == [4]  # the head is a linear
+    assert apply(program, SelectKernels()) == [5]  # an embedding, and the head is a linear
     yield program
     ops.rms_norm.providers.remove(provider)
     del ops.PROVIDED[picky_norm]
@@ -83,11 +83,13 @@ def test_choices_are_saved(program: Program, tmp_path: Path) -> None:
 
 def test_tables_show_each_choice_and_the_reasons_against_others(program: Program) -> None:
     op, provider, refused = (list(column.cells) for column in provider_table(program).columns)
-    assert (op, list(map(str, provider))) == (["rms_norm", "", "linear"], ["reference", "picky", "reference"])
+    assert op == ["embedding", "rms_norm", "", "linear"]
+    assert list(map(str, provider)) == ["reference", "reference", "picky", "reference"]
     assert list(map(str, refused)) == [
+        "cpp: it has no float32",
         "picky: eps is 0.25, it is picky [really]",
         "",
-        "onednn: the weight is too small to gain by it",
+        "cpp: it has no float32\nonednn: the weight is too small to gain by it",
     ]
     settings = Settings(page_size=32, pools={"pages": 9}, max_batch_size=1, max_num_tokens=64, max_seq_len=256)
     shown = page("toy", program, Before(), Timeline(), settings)

@@ -7,18 +7,34 @@ constexpr int WIDTH = 64;        // outputs of a panel
 constexpr int ROWS = 6;          // rows of x whose sums (6 x 4 vectors) stay in registers
 constexpr int DEPTH = 128;       // pairs of k after which the next rows get their turn: 32 KB of a panel
 constexpr int BLOCK = 192;       // rows of x to a task
+constexpr int LINE = 16;         // pairs in 64 bytes of a row of the weight
 constexpr int PREFETCH = 1024;   // values ahead in the stream
 
 EXPORT void autodeploy_pack_linear(const bf16* weight, bf16* packed, int64_t N, int64_t K, int64_t threads) {
-    const int64_t pairs = (K + 1) / 2;
+    const int64_t pairs = K / 2;
     parallel(threads, (N + WIDTH - 1) / WIDTH, [&](int64_t first, int64_t last) {
-        for (int64_t panel = first; panel < last; panel++)
-            for (int64_t pair = 0; pair < pairs; pair++)
-                for (int64_t n = 0; n < WIDTH; n++)
-                    for (int64_t odd = 0; odd < 2; odd++) {
-                        const int64_t row = panel * WIDTH + n, k = 2 * pair + odd;
-                        packed[((panel * pairs + pair) * WIDTH + n) * 2 + odd] = row < N && k < K ? weight[row * K + k] : bf16{0};
-                    }
+        for (int64_t panel = first; panel < last; panel++) {
+            bf16* to = packed + panel * pairs * WIDTH * 2;
+            const int64_t rows = std::min<int64_t>(WIDTH, N - panel * WIDTH);
+            if (rows < WIDTH) memset(to, 0, pairs * WIDTH * 2 * sizeof(bf16));
+            for (int64_t start = 0; start < pairs; start += LINE)
+                for (int64_t n = 0; n < rows; n++) {
+                    const bf16* row = weight + (panel * WIDTH + n) * K;
+                    for (int64_t pair = start; pair < std::min(start + LINE, pairs); pair++)
+                        memcpy(to + (pair * WIDTH + n) * 2, row + 2 * pair, 2 * sizeof(bf16));
+                }
+        }
+    });
+}
+
+EXPORT void autodeploy_embedding(const int64_t* ids, const bf16* packed, bf16* out, int64_t T, int64_t K, int64_t threads) {
+    const int64_t pairs = K / 2;
+    parallel(T < 8 ? 1 : threads, T, [&](int64_t first, int64_t last) {
+        for (int64_t t = first; t < last; t++) {
+            const int64_t id = ids[t];
+            const bf16* from = packed + (id / WIDTH * pairs * WIDTH + id % WIDTH) * 2;
+            for (int64_t pair = 0; pair < pairs; pair++) memcpy(out + t * K + 2 * pair, from + pair * WIDTH * 2, 2 * sizeof(bf16));
+        }
     });
 }
 
@@ -60,7 +76,7 @@ inline void multiply(int64_t M, const bf16* x, int64_t stride, const bf16* panel
 
 EXPORT void autodeploy_linear(const bf16* x, int64_t stride, const bf16* packed, const bf16* bias, bf16* out, int64_t M, int64_t N,
                               int64_t K, int64_t threads) {
-    const int64_t pairs = (K + 1) / 2, panels = (N + WIDTH - 1) / WIDTH, blocks = (M + BLOCK - 1) / BLOCK;
+    const int64_t pairs = K / 2, panels = (N + WIDTH - 1) / WIDTH, blocks = (M + BLOCK - 1) / BLOCK;
     const int64_t depth = M <= ROWS ? pairs : DEPTH;
     parallel(threads, panels * blocks, [&](int64_t first, int64_t last) {
         alignas(64) float sums[BLOCK * WIDTH];

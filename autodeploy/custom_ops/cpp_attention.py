@@ -1,0 +1,145 @@
+"""Paged attention and the write to its cache in C++, for CPUs: float32 and bfloat16, every feature of the ops.
+
+A token alone is served by streaming its cache, whole tokens at a time; several tokens of a request in tiles of 64 query rows.
+What a request gets depends on the request alone: not on those served beside it, and not on the number of threads.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autodeploy.custom_ops.attention import kv_append, paged_attention
+from autodeploy.custom_ops.cpp import Kernel, against_cpp
+from autodeploy.custom_ops.op import Provider
+
+DTYPES = (torch.float32, torch.bfloat16)
+_append = Kernel("kv_append", "pppp" + "l" * 12)
+_attend = Kernel("paged_attention", "pppppppp" + "l" * 17 + "ff")
+
+
+def cpp_kv_append(k: Tensor, v: Tensor | None, cache: Tensor, slot_mapping: Tensor) -> None:
+    """As `kv_append`."""
+    _, heads, tokens, head_dim_k = k.shape
+    _append(
+        k.data_ptr(),
+        _pointer(v),
+        cache.data_ptr(),
+        slot_mapping.data_ptr(),
+        k.element_size(),
+        tokens,
+        heads,
+        head_dim_k,
+        cache.shape[3] - head_dim_k,
+        *k.stride()[1:],
+        *(k if v is None else v).stride()[1:],
+        torch.get_num_threads(),
+    )
+
+
+def cpp_paged_attention(
+    q: Tensor,
+    cache: Tensor,
+    page_table: Tensor,
+    cu_seqlens_q: Tensor,
+    seq_lens: Tensor,
+    sinks: Tensor | None,
+    scale: float,
+    window: int,
+    softcap: float,
+    head_dim_v: int,
+    chunk: int = 0,
+    alibi: Tensor | None = None,
+) -> Tensor:
+    """As `paged_attention`."""
+    _, heads, tokens, head_dim_k = q.shape
+    _, page_size, kv_heads, width = cache.shape
+    out = q.new_empty(1, tokens, heads, head_dim_v)
+    _attend(
+        q.data_ptr(),
+        cache.data_ptr(),
+        page_table.data_ptr(),
+        cu_seqlens_q.data_ptr(),
+        seq_lens.data_ptr(),
+        _pointer(sinks),
+        _pointer(alibi),
+        out.data_ptr(),
+        q.element_size(),
+        0 if sinks is None else sinks.element_size(),
+        0 if alibi is None else alibi.element_size(),
+        seq_lens.shape[0],
+        heads,
+        kv_heads,
+        head_dim_k,
+        head_dim_v,
+        width,
+        page_size,
+        *q.stride()[1:],
+        page_table.stride(0),
+        window,
+        chunk,
+        torch.get_num_threads(),
+        scale,
+        softcap,
+    )
+    return out
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def against_append(target: Any, k: Tensor, v: Tensor | None, cache: Tensor, slot_mapping: Tensor) -> list[str]:
+    """The reasons against writing to this cache in C++."""
+    return [*_against_cache(cache, k, v), *_against_integers(slot_mapping=(slot_mapping, torch.int64))] or against_cpp(target)
+
+
+def against_attention(
+    target: Any,
+    q: Tensor,
+    cache: Tensor,
+    page_table: Tensor,
+    cu_seqlens_q: Tensor,
+    seq_lens: Tensor,
+    sinks: Tensor | None,
+    scale: float,
+    window: int,
+    softcap: float,
+    head_dim_v: int,
+    chunk: int = 0,
+    alibi: Tensor | None = None,
+) -> list[str]:
+    """The reasons against reading this cache in C++."""
+    integers = _against_integers(
+        page_table=(page_table, torch.int64), cu_seqlens_q=(cu_seqlens_q, torch.int32), seq_lens=(seq_lens, torch.int32)
+    )
+    numbers = [
+        f"{name} must be dense, of float32 or bfloat16"
+        for name, tensor in (("sinks", sinks), ("alibi", alibi))
+        if tensor is not None and (tensor.dtype not in DTYPES or not tensor.is_contiguous())
+    ]
+    return [*_against_cache(cache, q), *integers, *numbers] or against_cpp(target)
+
+
+def _against_cache(cache: Tensor, *beside: Tensor | None) -> list[str]:
+    checks = {
+        f"it has no {_name(cache.dtype)}": cache.dtype not in DTYPES,
+        "the cache is of another dtype": any(tensor is not None and tensor.dtype != cache.dtype for tensor in beside),
+        "the cache is not dense": not cache.is_contiguous(),
+    }
+    return [reason for reason, holds in checks.items() if holds]
+
+
+def _against_integers(**tensors: tuple[Tensor, torch.dtype]) -> list[str]:
+    wrong = {name: dtype for name, (tensor, dtype) in tensors.items() if tensor.dtype != dtype or tensor.stride(-1) != 1}
+    return [f"{name} must be dense, of {_name(dtype)}" for name, dtype in wrong.items()]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+kv_append.register(Provider("cpp", cpp_kv_append, against_append))
+paged_attention.register(Provider("cpp", cpp_paged_attention, against_attention))

@@ -1,0 +1,130 @@
+"""Linear layers, experts and embedding tables of bfloat16 in the panels of kernels/linear.cpp, whatever the number of rows."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autodeploy.custom_ops import cpp
+from autodeploy.custom_ops.linear import embedding_op, linear_op
+from autodeploy.custom_ops.moe import Expert, expert_matrices, moe, packed_moe
+from autodeploy.custom_ops.op import Provider
+
+WIDTH = 64
+"""Outputs of a panel."""
+AHEAD = 1024
+"""Numbers behind the last panel that may be prefetched."""
+HUGE_PAGE = 1 << 21
+
+_pack = cpp.Kernel("pack_linear", "pplll")
+_linear = cpp.Kernel("linear", "plpppllll")
+_embedding = cpp.Kernel("embedding", "ppplll")
+
+
+@dataclass(frozen=True, slots=True)
+class Panels:
+    """A weight [num_outputs, num_inputs] in panels."""
+
+    data: Tensor
+    num_outputs: int
+    num_inputs: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.nbytes
+
+
+def pack_panels(weight: Tensor, call: Mapping[str, Any] | None = None) -> Panels:
+    """weight [N, K] of bfloat16, K even; zeros where a panel is not full."""
+    weight = weight.detach().contiguous()
+    num_outputs, num_inputs = weight.shape
+    panels = _on_huge_pages(-(-num_outputs // WIDTH) * WIDTH * num_inputs)
+    _pack(weight.data_ptr(), panels.data_ptr(), num_outputs, num_inputs, torch.get_num_threads())
+    return Panels(panels, num_outputs, num_inputs)
+
+
+def panel_linear(x: Tensor, weight: Panels, bias: Tensor | None = None) -> Tensor:
+    """As `linear`, of a weight as `pack_panels` has made it."""
+    num_inputs, num_outputs = weight.num_inputs, weight.num_outputs
+    x = x.contiguous()
+    out = x.new_empty((*x.shape[:-1], num_outputs))
+    _linear(
+        x.data_ptr(),
+        num_inputs,
+        weight.data.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        out.data_ptr(),
+        x.numel() // num_inputs,
+        num_outputs,
+        num_inputs,
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def panel_embedding(weight: Panels, indices: Tensor, *_: object) -> Tensor:
+    """As `embedding`, of a table as `pack_panels` has made it, which is then the head's weight too."""
+    out = weight.data.new_empty((*indices.shape, weight.num_inputs))
+    ids = indices.contiguous()
+    _embedding(ids.data_ptr(), weight.data.data_ptr(), out.data_ptr(), ids.numel(), weight.num_inputs, torch.get_num_threads())
+    return out
+
+
+def panel_moe(*args: Any) -> Tensor:
+    """As `moe`, of experts as `pack_expert_panels` has made them."""
+    return packed_moe(*args)
+
+
+def pack_expert_panels(weights: Tensor, call: Mapping[str, Any]) -> list[Expert]:
+    """Each expert's matrix in panels."""
+    return [partial(_panel_expert, pack_panels(matrix)) for matrix in expert_matrices(weights, call)]
+
+
+def _panel_expert(panels: Panels, x: Tensor, bias: Tensor | None) -> Tensor:
+    return panel_linear(x, panels, bias)
+
+
+def against_panels(target: Any, x: Tensor, weight: Tensor, bias: Tensor | None = None, *_: Any) -> list[str]:
+    """The reasons against a linear layer in panels."""
+    dtypes = {tensor.dtype for tensor in (x, weight, bias) if tensor is not None}
+    return against_table(target, weight) or (["x, weight and bias are not all bfloat16"] if dtypes != {torch.bfloat16} else [])
+
+
+def against_table(target: Any, weight: Tensor, *_: Any) -> list[str]:
+    """The reasons against a weight in panels."""
+    if weight.dtype != torch.bfloat16:
+        return [f"it has no {str(weight.dtype).removeprefix('torch.')}"]
+    if weight.shape[-1] % 2:
+        return ["a row of the weight has an odd number of values"]
+    return cpp.against_cpp(target) or (["this CPU has no dot product of bfloat16"] if cpp.isa() != "avx512_bf16" else [])
+
+
+def against_expert_panels(
+    target: Any, x: Tensor, index: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, *_: Any
+) -> list[str]:
+    """The reasons against experts in panels; transposed or not, both dims of a matrix must be even."""
+    odd = any(size % 2 for size in (*gate_up.shape[1:], *down.shape[1:]))
+    return against_panels(target, x, gate_up) or (["a row of a weight has an odd number of values"] if odd else [])
+
+
+def _on_huge_pages(num_values: int) -> Tensor:
+    """Memory for that many bfloat16 values, in pages of 2 MB where the system gives them: one page walk where there were 512."""
+    size = 2 * (num_values + AHEAD)
+    if size < HUGE_PAGE:
+        return torch.empty(num_values + AHEAD, dtype=torch.bfloat16)
+    area = mmap.mmap(-1, size + HUGE_PAGE)
+    area.madvise(mmap.MADV_HUGEPAGE)
+    values = torch.frombuffer(area, dtype=torch.bfloat16)
+    first = -values.data_ptr() % HUGE_PAGE // 2
+    return values[first : first + num_values + AHEAD]
+
+
+linear_op.register(Provider("cpp", panel_linear, against_panels, {"weight": pack_panels}))
+embedding_op.register(Provider("cpp", panel_embedding, against_table, {"weight": pack_panels}))
+moe.register(Provider("cpp", panel_moe, against_expert_panels, {"gate_up": pack_expert_panels, "down": pack_expert_panels}))

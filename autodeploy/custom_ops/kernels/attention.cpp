@@ -1,0 +1,210 @@
+// Paged attention and the write to its cache. Requests are cut into tasks that depend on the request alone, never on what runs
+// beside it or on how many threads there are, and threads take them in turn.
+#include <atomic>
+#include <vector>
+
+#include "attention_decode.h"
+#include "attention_tile.h"
+
+constexpr int64_t RANGE = 256;        // keys of a task that streams tokens
+constexpr int64_t TILE_RANGE = 2048;  // and of one that serves a single token whose group is large enough for tiles
+constexpr int64_t LARGE_GROUP = 16;
+
+struct Task {
+    int64_t request, kv_head, first_row;  // kv_head -1: all of them, for one token
+    int64_t first, last;                  // keys; of a tile, as far as its rows see them
+    int64_t partial;                      // where its result goes; -1: it is the whole
+};
+
+// A token whose keys were split: the partial results [first, last), each of all heads.
+struct Split {
+    int64_t token, first, last;
+};
+
+template <typename T>
+class Plan {
+  public:
+    std::vector<Task> tasks;
+    std::vector<Split> splits;
+    int64_t partials = 0;
+
+    // Long tasks come first, and short ones fill the gaps at the end.
+    void make(const Call<T>& call) {
+        tasks.clear(), splits.clear(), partials = 0;
+        for (int64_t i = 0; i < call.requests; i++)
+            if (call.new_tokens(i) > 1) add_tiles(call, i);
+        for (int64_t i = 0; i < call.requests; i++)
+            if (call.new_tokens(i) == 1) add_token(call, i);
+    }
+
+  private:
+    void add_tiles(const Call<T>& call, int64_t request) {
+        const int64_t rows = call.new_tokens(request) * call.group();
+        for (int64_t row = (rows - 1) / ROWS * ROWS; row >= 0; row -= ROWS)
+            for (int64_t head = 0; head < call.kv_heads; head++) tasks.push_back({request, head, row, 0, call.seq_lens[request], -1});
+    }
+
+    void add_token(const Call<T>& call, int64_t request) {
+        const bool in_tiles = call.group() >= LARGE_GROUP;
+        const int64_t seq_len = call.seq_lens[request], low = call.first_seen(seq_len - 1), size = in_tiles ? TILE_RANGE : RANGE;
+        const bool is_split = low / size != (seq_len - 1) / size;
+        const int64_t before = partials;
+        for (int64_t first = low; first < seq_len; first = first / size * size + size) {
+            const int64_t last = std::min(seq_len, first / size * size + size), partial = is_split ? partials++ : -1;
+            if (!in_tiles) tasks.push_back({request, -1, 0, first, last, partial});
+            for (int64_t head = 0; in_tiles && head < call.kv_heads; head++)
+                for (int64_t row = 0; row < call.group(); row += ROWS) tasks.push_back({request, head, row, first, last, partial});
+        }
+        if (is_split) splits.push_back({call.cu_seqlens_q[request], before, partials});
+    }
+};
+
+// Calls body(i) for each i below count, on whichever thread is free.
+template <typename Body>
+inline void take_turns(std::atomic<int64_t>& next, int64_t count, Body body) {
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) body(i);
+}
+
+template <typename T>
+class Attention {
+    const Call<T>& call;
+    Plan<T>& plan;
+    float* partials;  // [partials, H, Dv + 2]: largest, sum, values
+
+  public:
+    static int64_t partial_size(const Call<T>& call) { return call.heads * (call.head_dim_v + 2); }
+
+    Attention(const Call<T>& call, Plan<T>& plan, float* partials) : call(call), plan(plan), partials(partials) {}
+
+    void run(int64_t threads) {
+        std::atomic<int64_t> next_task{0}, next_row{0};
+        const int64_t tasks = int64_t(plan.tasks.size()), rows = int64_t(plan.splits.size()) * call.heads;
+        const auto work = [&] {
+            thread_local Scratch scratch;
+            take_turns(next_task, tasks, [&](int64_t i) { run_task(plan.tasks[i], scratch); });
+#pragma omp barrier
+            take_turns(next_row, rows, [&](int64_t i) { merge(plan.splits[i / call.heads], i % call.heads, scratch); });
+        };
+        if (threads <= 1 || tasks <= 1) return work();
+#pragma omp parallel num_threads(int(std::min(threads, tasks)))
+        work();
+    }
+
+  private:
+    void run_task(const Task& task, Scratch& scratch) {
+        if (task.kv_head >= 0) return run_tile(task, scratch);
+        const int64_t group = std::min<int64_t>(call.group(), MAX_SLICE);
+        if (group == 1) return run_decode<1>(task, scratch);
+        if (group == 2) return run_decode<2>(task, scratch);
+        if (group <= 4) return run_decode<4>(task, scratch);
+        run_decode<MAX_SLICE>(task, scratch);
+    }
+
+    template <int SLICE>
+    void run_decode(const Task& task, Scratch& scratch) {
+        scratch.reserve(DecodeRange<T, SLICE>::bytes(call, RANGE));
+        DecodeRange<T, SLICE> range(call, scratch, RANGE);
+        range.run(task.request, task.first, task.last);
+        for (int64_t head = 0; head < call.heads; head++) keep(task.partial, call.cu_seqlens_q[task.request], head, range.row(head));
+    }
+
+    void run_tile(const Task& task, Scratch& scratch) {
+        scratch.reserve(Tile<T>::bytes(call));
+        Tile<T> tile(call, scratch);
+        const int64_t rows = std::min<int64_t>(ROWS, call.new_tokens(task.request) * call.group() - task.first_row);
+        tile.run(task.request, task.kv_head, task.first_row, rows, task.first, task.last);
+        for (int64_t i = 0; i < rows; i++) {
+            const int64_t row = task.first_row + i, token = call.cu_seqlens_q[task.request] + row / call.group();
+            keep(task.partial, token, task.kv_head * call.group() + row % call.group(), tile.row(i));
+        }
+    }
+
+    void keep(int64_t partial, int64_t token, int64_t head, Partial row) {
+        if (partial < 0) return finish(call, token, head, row);
+        float* to = place(partial, head);
+        to[0] = row.largest, to[1] = row.sum;
+        std::copy(row.values, row.values + call.head_dim_v, to + 2);
+    }
+
+    float* place(int64_t partial, int64_t head) const {
+        return partials + partial * partial_size(call) + head * (call.head_dim_v + 2);
+    }
+
+    void merge(const Split& split, int64_t head, Scratch& scratch) {
+        scratch.reserve(Scratch::bytes_of<float>(call.head_dim_v));
+        float* values = scratch.take<float>(call.head_dim_v);
+        float top = -INFINITE, sum = 0;
+        for (int64_t i = split.first; i < split.last; i++) top = std::max(top, place(i, head)[0]);
+        std::fill(values, values + call.head_dim_v, 0.0f);
+        for (int64_t i = split.first; i < split.last; i++) {
+            const float *from = place(i, head), factor = std::exp(from[0] - top);
+            sum += factor * from[1];
+            for (int64_t d = 0; d < call.head_dim_v; d++) values[d] += factor * from[2 + d];
+        }
+        finish(call, split.token, head, {top, sum, values});
+    }
+};
+
+template <typename T>
+void attend(const Call<T>& call, int64_t threads) {
+    thread_local Plan<T> plan;
+    thread_local Scratch partials;
+    plan.make(call);
+    const int64_t size = plan.partials * Attention<T>::partial_size(call);
+    partials.reserve(Scratch::bytes_of<float>(size));
+    Attention<T>(call, plan, partials.take<float>(size)).run(threads);
+}
+
+// bytes: of a number of q, cache and out; sinks and alibi have their own.
+EXPORT void autodeploy_paged_attention(const void* q, const void* cache, const int64_t* page_table, const int32_t* cu_seqlens_q,
+                                       const int32_t* seq_lens, const void* sinks, const void* alibi, void* out, int64_t bytes,
+                                       int64_t sinks_bytes, int64_t alibi_bytes, int64_t requests, int64_t heads, int64_t kv_heads,
+                                       int64_t head_dim_k, int64_t head_dim_v, int64_t width, int64_t page_size,
+                                       int64_t q_head_stride, int64_t q_token_stride, int64_t q_dim_stride,
+                                       int64_t page_table_stride, int64_t window, int64_t chunk, int64_t threads, float scale,
+                                       float softcap) {
+    const auto run = [&]<typename T>(T) {
+        attend(Call<T>{static_cast<const T*>(q), static_cast<const T*>(cache), page_table, cu_seqlens_q, seq_lens,
+                       {sinks, sinks_bytes}, {alibi, alibi_bytes}, static_cast<T*>(out), requests, heads, kv_heads, head_dim_k,
+                       head_dim_v, width, page_size, q_head_stride, q_token_stride, q_dim_stride, page_table_stride, window, chunk,
+                       scale, softcap},
+               threads);
+    };
+    bytes == 4 ? run(float{}) : run(bf16{});
+}
+
+// Numbers [count] of a row that may be strided.
+template <typename T>
+inline void copy_row(const T* from, int64_t stride, int64_t count, T* to) {
+    if (stride == 1) {
+        memcpy(to, from, count * sizeof(T));
+    } else {
+        for (int64_t d = 0; d < count; d++) to[d] = from[d * stride];
+    }
+}
+
+// k [Hkv, T, Dk] and v [Hkv, T, Dv] (or null), strided, to slots [T] of cache [slots, Hkv, width].
+template <typename T>
+void append(const T* k, const T* v, T* cache, const int64_t* slots, int64_t tokens, int64_t heads, int64_t head_dim_k,
+            int64_t head_dim_v, const int64_t (&k_strides)[3], const int64_t (&v_strides)[3], int64_t threads) {
+    const int64_t width = head_dim_k + head_dim_v;
+    parallel(tokens * heads * width < (1 << 16) ? 1 : threads, tokens, [&](int64_t first, int64_t last) {
+        for (int64_t t = first; t < last; t++)
+            for (int64_t h = 0; h < heads; h++) {
+                T* to = cache + (slots[t] * heads + h) * width;
+                copy_row(k + h * k_strides[0] + t * k_strides[1], k_strides[2], head_dim_k, to);
+                if (v) copy_row(v + h * v_strides[0] + t * v_strides[1], v_strides[2], head_dim_v, to + head_dim_k);
+            }
+    });
+}
+
+EXPORT void autodeploy_kv_append(const void* k, const void* v, void* cache, const int64_t* slots, int64_t bytes, int64_t tokens,
+                                 int64_t heads, int64_t head_dim_k, int64_t head_dim_v, int64_t k_head_stride,
+                                 int64_t k_token_stride, int64_t k_dim_stride, int64_t v_head_stride, int64_t v_token_stride,
+                                 int64_t v_dim_stride, int64_t threads) {
+    const auto run = [&]<typename T>(T) {
+        append(static_cast<const T*>(k), static_cast<const T*>(v), static_cast<T*>(cache), slots, tokens, heads, head_dim_k, head_dim_v,
+               {k_head_stride, k_token_stride, k_dim_stride}, {v_head_stride, v_token_stride, v_dim_stride}, threads);
+    };
+    bytes == 4 ? run(float{}) : run(bf16{});
+}

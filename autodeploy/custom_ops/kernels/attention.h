@@ -1,0 +1,216 @@
+// Paged attention: what one call is given, how its numbers are multiplied, and how a row of the output is completed.
+#pragma once
+
+#include <cstdlib>
+#include <memory>
+#include <type_traits>
+#include <utility>
+
+#include "common.h"
+
+constexpr float INFINITE = std::numeric_limits<float>::infinity();
+
+inline int64_t round_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
+
+// 0, 1, 2, ..
+inline IntVec counting() {
+    IntVec x;
+    for (int i = 0; i < LANES; i++) x[i] = i;
+    return x;
+}
+
+// One number for each head, of float or bf16.
+struct PerHead {
+    const void* numbers;
+    int64_t bytes;  // of one number
+
+    float operator[](int64_t head) const {
+        return bytes == 4 ? static_cast<const float*>(numbers)[head] : widen(static_cast<const bf16*>(numbers)[head]);
+    }
+};
+
+// The arguments of a call. Lengths are read when it runs: only shapes and addresses may be remembered from call to call.
+template <typename T>
+struct Call {
+    const T* q;               // [H, T, Dk], strided
+    const T* cache;           // [pages, page, Hkv, width]: keys are the first Dk numbers of the width, values the last Dv
+    const int64_t* page_table;  // [B, P], rows strided
+    const int32_t* cu_seqlens_q;  // [B + 1]
+    const int32_t* seq_lens;      // [B]
+    PerHead sinks, alibi;         // [H], or null
+    T* out;                       // [T, H, Dv]
+    int64_t requests, heads, kv_heads, head_dim_k, head_dim_v, width, page_size;
+    int64_t q_head_stride, q_token_stride, q_dim_stride, page_table_stride;
+    int64_t window, chunk;
+    float scale, softcap;
+
+    int64_t group() const { return heads / kv_heads; }
+    int64_t new_tokens(int64_t request) const { return cu_seqlens_q[request + 1] - cu_seqlens_q[request]; }
+
+    // Position of the first key that a query at that position sees.
+    int64_t first_seen(int64_t position) const {
+        const int64_t in_window = window ? std::max<int64_t>(0, position - window + 1) : 0;
+        return chunk ? std::max(in_window, position / chunk * chunk) : in_window;
+    }
+
+    // Addresses of the tokens [first, last) of a request, each with all its heads.
+    void find_tokens(int64_t request, int64_t first, int64_t last, const T** found) const {
+        const int64_t* page = page_table + request * page_table_stride + first / page_size;
+        int64_t within = first % page_size;
+        for (int64_t i = 0; i < last - first; i++, within++) {
+            if (within == page_size) page++, within = 0;
+            found[i] = cache + (*page * page_size + within) * kv_heads * width;
+        }
+    }
+
+    const T* query(int64_t token, int64_t head) const { return q + token * q_token_stride + head * q_head_stride; }
+};
+
+// Products of single floats; numbers of a cache are widened to float when they are read.
+template <typename T>
+struct Singles {
+    using Stored = float;  // a number of q, or of a copy of keys
+    using Unit = float;    // what one lane of an operand holds: TOGETHER stored numbers
+    using Operand = Vec;
+    static constexpr int TOGETHER = 1, WIDTH = LANES;  // stored numbers of a unit, of an operand
+
+    static Unit unit(const T* from, int64_t) { return widen(*from); }
+    static Operand load(const Unit* from) { return ::load(from); }
+    static Operand spread(Unit x) { return all(x); }
+    static Vec dot(Vec total, Operand a, Operand b) { return total + a * b; }
+
+    // The next `count` numbers, zeros after them.
+    static Operand read(const T* from, int64_t count) {
+        if (count >= WIDTH) return ::load(from);
+        T some[WIDTH] = {};
+        memcpy(some, from, count * sizeof(T));
+        return ::load(some);
+    }
+
+    // Numbers of TOGETHER tokens, so that a lane holds the same number of each.
+    static void interleave(const T* const* tokens, int64_t offset, int64_t count, Operand* into) {
+        into[0] = read(tokens[0] + offset, count);
+    }
+
+    // Weights [TOGETHER] of rows of lanes as units.
+    static void pack(const Vec* weights, Unit* into) { store(into, weights[0]); }
+    // Consecutive weights [TOGETHER * LANES] of one row as units.
+    static void pack_row(const float* weights, Unit* into) { store(into, ::load(weights)); }
+};
+
+#if defined(__AVX512BF16__)
+
+// Products of pairs of bf16, summed in float by the CPU's own instruction.
+struct Pairs {
+    using Stored = bf16;
+    using Unit = uint32_t;
+    using Operand = __m512bh;
+    static constexpr int TOGETHER = 2, WIDTH = 2 * LANES;
+
+    static Unit unit(const bf16* from, int64_t count) {
+        return from[0].bits | (count > 1 ? uint32_t(from[1].bits) << 16 : 0);
+    }
+    static Operand load(const Unit* from) { return (Operand)_mm512_loadu_si512(from); }
+    static Operand spread(Unit x) { return (Operand)_mm512_set1_epi32(int32_t(x)); }
+    static Vec dot(Vec total, Operand a, Operand b) { return _mm512_dpbf16_ps(total, a, b); }
+
+    static __m512i words(const bf16* from, int64_t count) {
+        if (count >= WIDTH) return _mm512_loadu_si512(from);
+        return _mm512_maskz_loadu_epi16(__mmask32((uint64_t(1) << count) - 1), from);
+    }
+    static Operand read(const bf16* from, int64_t count) { return (Operand)words(from, count); }
+
+    static void interleave(const bf16* const* tokens, int64_t offset, int64_t count, Operand* into) {
+        const __m512i first = words(tokens[0] + offset, count), second = words(tokens[1] + offset, count);
+        into[0] = (Operand)_mm512_permutex2var_epi16(first, alternating(0), second);
+        into[1] = (Operand)_mm512_permutex2var_epi16(first, alternating(16), second);
+    }
+
+    static void pack(const Vec* weights, Unit* into) {
+        const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(weights[1], weights[0]);
+        _mm512_storeu_si512(into, _mm512_permutex2var_epi16(both, alternating(0), _mm512_shuffle_i64x2(both, both, 0x4e)));
+    }
+    static void pack_row(const float* weights, Unit* into) {
+        _mm512_storeu_si512(into, (__m512i)_mm512_cvtne2ps_pbh(::load(weights + LANES), ::load(weights)));
+    }
+
+    // Indices of words start, start + 1, .. of a first vector, each followed by the same one of a second vector.
+    static __m512i alternating(int start) {
+        const __m512i count = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+        return _mm512_add_epi32(_mm512_or_si512(count, _mm512_slli_epi32(count, 16)), _mm512_set1_epi32((32 + start) << 16 | start));
+    }
+};
+
+template <typename T>
+using Math = std::conditional_t<std::is_same_v<T, bf16>, Pairs, Singles<T>>;
+
+#else
+
+template <typename T>
+using Math = Singles<T>;
+
+#endif
+
+// Memory of a thread that grows to what the largest call needs, and stays.
+class Scratch {
+  public:
+    void reserve(int64_t bytes) {
+        if (bytes > size) {
+            size = round_up(bytes, 4096);
+            memory.reset(static_cast<char*>(std::aligned_alloc(64, size)));
+        }
+        used = 0;
+    }
+
+    template <typename U>
+    U* take(int64_t count) {
+        U* taken = reinterpret_cast<U*>(memory.get() + used);
+        used += bytes_of<U>(count);
+        return taken;
+    }
+
+    template <typename U>
+    static int64_t bytes_of(int64_t count) {
+        return round_up(count * sizeof(U), 64);
+    }
+
+  private:
+    struct Free {
+        void operator()(char* p) const { std::free(p); }
+    };
+    std::unique_ptr<char, Free> memory;
+    int64_t size = 0, used = 0;
+};
+
+// softcap * tanh(score / softcap), to about the last bit: a polynomial near 0, where 1 - 2 / (e^2x + 1) would lose digits.
+inline Vec capped(Vec score, float softcap) {
+    const Vec x = score / softcap, size = x < 0 ? -x : x, square = x * x;
+    Vec p = all(-5.70498872745e-3f);
+    for (const float c : {2.06390887954e-2f, -5.37397155531e-2f, 1.33314422036e-1f, -3.33332819422e-1f}) p = p * square + c;
+    const Vec far = 1 - 2 / (exp(2 * size) + 1);
+    return softcap * (size < 0.625f ? x + x * square * p : x < 0 ? -far : far);
+}
+
+// What a row of queries has found among some keys.
+struct Partial {
+    float largest;      // score
+    float sum;          // of exp(score - largest)
+    const float* values;  // [Dv], of exp(score - largest) * value
+};
+
+// Writes a row of the output: the sum of values over the sum of weights, a sink among them.
+template <typename T>
+inline void finish(const Call<T>& call, int64_t token, int64_t head, Partial row) {
+    float top = row.largest, before = 1, total = row.sum;
+    if (call.sinks.numbers) {
+        const float sink = call.sinks[head];
+        top = std::max(top, sink);
+        before = std::exp(row.largest - top);
+        total = row.sum * before + std::exp(sink - top);
+    }
+    T* out = call.out + (token * call.heads + head) * call.head_dim_v;
+    const float factor = before / total;
+    int64_t d = 0;
+    for (; d + LANES <= call.head_dim_v; d += LANES) store(out + d, load(row.values + d) * factor);
+    for (; d < call.head_dim_v; d++) store_one(out + d, row.values[d] * factor);
+}

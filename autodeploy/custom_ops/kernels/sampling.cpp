@@ -1,0 +1,70 @@
+// What choosing a token needs of a row of logits: its largest number, and the numbers that are large enough.
+#include "common.h"
+
+constexpr int64_t BLOCK = 64 * LANES;
+constexpr int64_t FEW = 1 << 16;  // numbers for which waking a second thread costs more than it brings
+constexpr float LOWEST = -std::numeric_limits<float>::infinity();
+
+// The largest of some numbers; not a number when one of them is.
+template <typename T>
+inline float largest_of(const T* x, int64_t count) {
+    Vec top = all(LOWEST);
+    IntVec odd{};
+    int64_t i = 0;
+    for (; i + LANES <= count; i += LANES) {
+        const Vec part = load(x + i);
+        odd |= part != part;
+        top = larger(top, part);
+    }
+    float found = largest(top);
+    bool is_odd = false;
+    for (int lane = 0; lane < LANES; lane++) is_odd |= odd[lane] != 0;
+    for (; i < count; i++) {
+        const float one = widen(x[i]);
+        is_odd |= one != one;
+        found = std::max(found, one);
+    }
+    return is_odd ? std::numeric_limits<float>::quiet_NaN() : found;
+}
+
+// The largest number of each row and where it is first; for a row with something that is not a number, that.
+template <typename T>
+void largest_of_rows(const T* x, float* values, int64_t* indices, int64_t rows, int64_t width, int64_t stride, int64_t threads) {
+    parallel(rows * width < FEW ? 1 : threads, rows, [&](int64_t first, int64_t last) {
+        for (int64_t row = first; row < last; row++) {
+            const T* from = x + row * stride;
+            float highest = LOWEST;
+            int64_t at = 0;
+            for (int64_t start = 0; start < width && highest == highest; start += BLOCK) {
+                const float found = largest_of(from + start, std::min(BLOCK, width - start));
+                if (!(found <= highest)) highest = found, at = start;
+            }
+            while (highest == highest && widen(from[at]) != highest) at++;
+            values[row] = highest;
+            indices[row] = at;
+        }
+    });
+}
+
+EXPORT void autodeploy_largest_of_rows(const void* x, float* values, int64_t* indices, int64_t rows, int64_t width, int64_t stride,
+                                       int64_t bytes, int64_t threads) {
+    if (bytes == 2)
+        largest_of_rows(static_cast<const bf16*>(x), values, indices, rows, width, stride, threads);
+    else
+        largest_of_rows(static_cast<const float*>(x), values, indices, rows, width, stride, threads);
+}
+
+// Where numbers are at least that large, in ascending order; indices has room for all of them.
+EXPORT void autodeploy_at_least(const float* x, float least, int64_t width, int64_t* indices, int64_t* count) {
+    constexpr int64_t SOME = 8 * LANES;
+    int64_t found = 0;
+    for (int64_t start = 0; start < width; start += SOME) {
+        const int64_t end = std::min(start + SOME, width);
+        if (largest_of(x + start, end - start) < least) continue;
+        for (int64_t i = start; i < end; i++) {
+            indices[found] = i;
+            found += x[i] >= least;
+        }
+    }
+    *count = found;
+}

@@ -1,0 +1,131 @@
+"""Linear layers in panels: what linear gives, the same bits for a row alone and in company, no second copy of anything."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import autodeploy
+from autodeploy import Effect, Program, SamplingParams, Target, Transform
+from autodeploy.custom_ops import cpp, cpp_linear, embedding_op, linear_op
+from autodeploy.transforms.rewrite import aten, calls, insert_call
+from tests.executor.test_packing import WIDE, tensors_of
+from tests.models.families import make_model
+
+here = pytest.mark.skipif(bool(cpp.against_cpp(Target())) or cpp.isa() != "avx512_bf16", reason="needs a CPU with AVX-512 BF16")
+
+
+@here
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [0, 1, 2, 3, 4, 5, 6, 7, 33, 200])
+@pytest.mark.parametrize(("num_outputs", "num_inputs"), [(64, 8), (130, 96), (1, 600), (70, 514)])
+def test_panels_give_what_linear_gives(rows: int, num_outputs: int, num_inputs: int, bias: bool) -> None:
+    x, weight = torch.randn(1, rows, num_inputs).bfloat16(), torch.randn(num_outputs, num_inputs).bfloat16()
+    offset = torch.randn(num_outputs).bfloat16() if bias else None
+    ours = cpp_linear.panel_linear(x, cpp_linear.pack_panels(weight), offset)
+    exact = F.linear(x.double(), weight.double(), None if offset is None else offset.double())
+    assert ours.shape == exact.shape and ours.dtype == torch.bfloat16
+    assert rows == 0 or float((ours - exact).norm() / exact.norm()) < 2**-8
+
+
+@here
+def test_a_row_does_not_depend_on_the_rows_beside_it() -> None:
+    x, panels = torch.randn(300, 1030).bfloat16(), cpp_linear.pack_panels(torch.randn(200, 1030).bfloat16())
+    together = cpp_linear.panel_linear(x, panels)
+    for rows in (slice(0, 1), slice(5, 8), slice(100, 132), slice(1, 300)):
+        assert torch.equal(cpp_linear.panel_linear(x[rows], panels), together[rows])
+
+
+@here
+def test_strided_rows_and_not_a_number() -> None:
+    x, panels = torch.randn(8, 256).bfloat16(), cpp_linear.pack_panels(torch.randn(64, 128).bfloat16())
+    assert torch.equal(cpp_linear.panel_linear(x[:, :128], panels), cpp_linear.panel_linear(x[:, :128].contiguous(), panels))
+    x[3] = float("nan")
+    assert cpp_linear.panel_linear(x[:, :128], panels).isnan().any(1).tolist() == [i == 3 for i in range(8)]
+
+
+@here
+def test_rows_of_a_table_in_panels() -> None:
+    table, ids = torch.randn(130, 96).bfloat16(), torch.randint(0, 130, (1, 20))
+    assert torch.equal(cpp_linear.panel_embedding(cpp_linear.pack_panels(table), ids), F.embedding(ids, table))
+
+
+def test_reasons_against_panels() -> None:
+    x, weight = torch.randn(1, 4, 512).bfloat16(), torch.randn(512, 512).bfloat16()
+    against = {
+        "it has no float32": (Target(), x.float(), weight.float()),
+        "not all bfloat16": (Target(), x.float(), weight),
+        "not on cuda": (Target(device="cuda"), x, weight),
+        "odd number": (Target(), x[..., :511], weight[:, :511]),
+    }
+    for reason, (target, *tensors) in against.items():
+        reasons = linear_op.choose(target, *tensors, parameters=["weight"])[1]["cpp"]
+        assert reason in " ".join(reasons), reason
+    assert "computed in the graph" in embedding_op.choose(Target(), weight, torch.ones(1, 4))[1]["cpp"][0]
+
+
+@here
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_tied_table_is_read_from_the_panels_of_the_head(tied: bool, tmp_path: Path) -> None:
+    model = make_model("qwen3", tie_word_embeddings=tied, **WIDE).bfloat16()
+    model.save_pretrained(tmp_path)
+    compiled = autodeploy.compile(tmp_path)
+    tensors = tensors_of(compiled)
+    wide = {name for name, value in tensors.items() if not isinstance(value, cpp_linear.Panels) and value.dim() > 1}
+    assert not wide  # whatever is wide is in panels
+    tables = [name for name in tensors if "embed_tokens" in name or "lm_head" in name]
+    assert len(tables) == (1 if tied else 2)
+    ids = torch.randint(0, 512, (2, 30))
+    with torch.no_grad():
+        expected = model(ids).logits
+    assert float((compiled(ids) - expected).float().norm() / expected.float().norm()) < 0.02
+    prompt, params = ids[0, :9].tolist(), SamplingParams(max_tokens=8, ignore_eos=True)
+    alone = compiled.generate([prompt], params)[0].outputs[0].token_ids
+    together = compiled.generate([prompt, [7] * 3, prompt[:5]], params)[0].outputs[0].token_ids
+    compiled.shutdown()
+    assert alone == together
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadTableOnceMore(Transform):
+    """Adds the first row of the table to what was looked up."""
+
+    name: ClassVar[str] = "read_table_once_more"
+    effect: ClassVar[Effect] = Effect.NUMERICS
+
+    def apply(self, program: Program, target: Target) -> int:
+        (node,) = calls(program, aten.embedding.default)
+        users = list(node.users)
+        row = insert_call(program, node.next, aten.select.int, node.args[0], 0, 0)
+        more = insert_call(program, row.next, aten.add.Tensor, node, row)
+        for user in users:
+            user.replace_input_with(node, more)
+        return len(users)
+
+
+@here
+def test_one_reader_that_cannot_have_it_packed_keeps_a_parameter_as_it_is() -> None:
+    model = make_model("qwen3", tie_word_embeddings=True, **WIDE).bfloat16()
+    compiled = autodeploy.compile(model, pipeline=lambda passes: passes.insert_after("match_mlp", ReadTableOnceMore()))
+    names = tensors_of(compiled)
+    assert "model.embed_tokens.weight" in names and not [name for name in names if "packed" in name and "embed" in name]
+    assert "read as it is elsewhere" in compiled.report()
+    compiled.shutdown()
+
+
+@here
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_experts_in_panels(family: str) -> None:
+    model = make_model(family, hidden_size=256, intermediate_size=256, num_local_experts=4).bfloat16()
+    compiled = autodeploy.compile(model)
+    assert {choice.provider for choice in compiled.program.providers["moe"]} == {"cpp"}
+    ids = torch.randint(0, 90, (2, 30))
+    with torch.no_grad():
+        expected = model(ids).logits.float()
+    assert float((compiled(ids) - expected).norm() / expected.norm()) < 0.03
+    compiled.shutdown()
