@@ -50,36 +50,45 @@ class Shared:
     plot_file: PlotFile = None
 
     @contextmanager
-    def task(self, cells: Sequence[Cell], peers: Sequence[Engine] = ()) -> Iterator[Task]:
-        """What the engines are to do, for as long as the checkpoint is there."""
+    def task(self, cells: Sequence[Cell], peers: Sequence[Engine] = (), num_layers: int | None = None) -> Iterator[Task]:
+        """What the engines are to do, for as long as the checkpoint is there. num_layers: see `_checkpoint`."""
         options = dict(map(_parsed, self.option or ()))
-        with self._checkpoint() as folder:
+        with self._checkpoint(num_layers) as folder:
             yield Task(folder, cells, self.threads or available_cores(), self.repeats, _say, _warn, peers, options)
 
     @contextmanager
-    def _checkpoint(self) -> Iterator[str]:
-        """The folder to measure; random weights are written into it unless weights are there, and go away if it was not named."""
-        if self.model is None and self.random_weights is None:
+    def _checkpoint(self, num_layers: int | None) -> Iterator[str]:
+        """The folder to measure; random weights are written into it unless weights are there, and go away if it was not named.
+
+        With a number of layers the weights are random whatever was named, and go away.
+        """
+        config = self.random_weights or (self.model if num_layers else None)
+        if self.model is None and config is None:
             raise ConfigError("give a checkpoint folder, or --random-weights with the config to make one of")
         with tempfile.TemporaryDirectory(prefix="autodeploy-bench-") as temporary:
-            folder = Path(self.model or temporary)
-            if self.random_weights is not None and not any(folder.glob("*.safetensors")):
+            folder = Path(temporary if num_layers else self.model or temporary)
+            if config is not None and not any(folder.glob("*.safetensors")):
                 with Worker("model") as worker:
-                    worker.ask("write", config=self.random_weights, folder=str(folder))
+                    worker.ask("write", config=config, folder=str(folder), num_layers=num_layers)
             yield str(folder)
 
     def show(self, found: dict[str, Any], table: Table, footer: str, chart: str) -> None:
-        """Results as JSON, on the terminal and as a picture. JSON on standard output stands there alone."""
-        text = json.dumps(found, indent=1) + "\n"
-        if self.json_file == Path("-"):
-            print(text, end="")
-        else:
-            out.print(table)
-            out.print(footer, soft_wrap=True)
-            if self.json_file is not None:
-                self.json_file.write_text(text, encoding="utf-8")
+        """Results as JSON, on the terminal and as a picture."""
+        show(self.json_file, found, table, footer)
         if self.plot_file is not None:
             self.plot_file.write_text(chart, encoding="utf-8")
+
+
+def show(json_file: Path | None, found: dict[str, Any], table: Table, footer: str) -> None:
+    """Results as JSON and on the terminal. JSON on standard output stands there alone."""
+    text = json.dumps(found, indent=1) + "\n"
+    if json_file == Path("-"):
+        print(text, end="")
+        return
+    out.print(table)
+    out.print(footer, soft_wrap=True)
+    if json_file is not None:
+        json_file.write_text(text, encoding="utf-8")
 
 
 def with_shared(function: Callable[..., None]) -> Callable[..., None]:

@@ -53,13 +53,16 @@ SHAPES: dict[str, dict[str, Any]] = {
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
-def write(config: str, folder: str) -> dict[str, Any]:
+def write(config: str, folder: str, num_layers: int | None = None) -> dict[str, Any]:
     """A checkpoint with random bf16 weights and a tokenizer that knows bytes, for engines that insist on one.
 
-    config: a folder with a config.json, a name of `SHAPES`, or a model type (its config class's own defaults).
+    config: a folder with a config.json, a name of `SHAPES`, or a model type (its config class's own defaults). num_layers: in
+    place of its own number.
     """
     torch.manual_seed(0)
     settings = config_of(config)
+    if num_layers is not None:
+        set_depth(settings.get_text_config(), num_layers)
     torch.set_default_dtype(torch.bfloat16)
     try:
         model = AutoModelForCausalLM.from_config(settings, dtype=torch.bfloat16)
@@ -83,6 +86,15 @@ def config_of(name: str) -> Any:
     raise ConfigError(
         f"'{name}' is no folder with a config.json, no published shape ({', '.join(SHAPES)}) and no model type.{near}"
     )
+
+
+def set_depth(config: Any, num_layers: int) -> None:
+    """Another number of layers; lists with an entry per layer are repeated or cut."""
+    had = config.num_hidden_layers
+    for name, value in config.to_dict().items():
+        if isinstance(value, list) and len(value) == had:
+            setattr(config, name, [value[i % had] for i in range(num_layers)])
+    config.num_hidden_layers = num_layers
 
 
 def byte_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
