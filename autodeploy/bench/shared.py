@@ -18,10 +18,10 @@ from rich.table import Table
 
 from autodeploy.bench.measure import Task
 from autodeploy.bench.peers import Engine
-from autodeploy.bench.results import available_cores
 from autodeploy.bench.worker import Worker
 from autodeploy.bench.workload import Cell
 from autodeploy.errors import ConfigError
+from autodeploy.executor.cores import available_cores
 
 out, err = Console(), Console(stderr=True)
 

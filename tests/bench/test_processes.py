@@ -130,7 +130,7 @@ def test_a_step_besides_the_model_costs_more_for_more_requests() -> None:
     measure = runpy.run_path(str(WORKERS / "worker_scheduling.py"))["measure"]
     one, many = (measure(num_requests, 40, 30)["seconds"] for num_requests in (1, 64))
     for costs in (one, many):
-        assert 0 < min(costs.values()) and costs["schedule"] + costs["build"] + costs["finish"] == pytest.approx(costs["whole"])
+        assert min(costs.values()) > 0 and costs["schedule"] + costs["build"] + costs["finish"] == pytest.approx(costs["whole"])
     assert many["whole"] > 3 * one["whole"]
 
 
