@@ -12,7 +12,7 @@ from autodeploy.custom_ops import SEMANTIC_OPS, symbolic
 from autodeploy.program import Choice, Program
 from autodeploy.specs import Target
 from autodeploy.transforms.base import Transform
-from autodeploy.transforms.rewrite import arguments, val
+from autodeploy.transforms.rewrite import arguments, note_choice, val
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ class SelectKernels(Transform):
                 args, kwargs = fx.map_arg((node.args, node.kwargs), val)  # pyright: ignore
                 provider, against = op.choose(target, *args, parameters=_parameters(node, shared) if self.pack else (), **kwargs)
                 node.target = provider.function
-                program.note_choice(op.name, Choice(provider.name, {name: tuple(why) for name, why in against.items()}))
+                note_choice(program, op.name, Choice(provider.name, {name: tuple(why) for name, why in against.items()}))
                 rewrites += 1
         return rewrites
 
