@@ -94,13 +94,14 @@ def show(json_file: Path | None, found: dict[str, Any], table: Table, footer: st
 def with_shared(function: Callable[..., None]) -> Callable[..., None]:
     """For a command whose first parameter is a `Shared`: on the command line it has the fields of that in its place."""
     shared = signature(Shared, eval_str=True).parameters
-    own = list(signature(function, eval_str=True).parameters.values())[1:]
+    parameters = [*list(signature(function, eval_str=True).parameters.values())[1:], *shared.values()]
 
     @wraps(function)
     def command(**given: Any) -> None:
         function(Shared(**{name: given.pop(name) for name in shared}), **given)
 
-    command.__signature__ = Signature([*own, *shared.values()])  # pyright: ignore[reportAttributeAccessIssue]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    command.__signature__ = Signature(parameters)  # pyright: ignore[reportAttributeAccessIssue]
     return command
 
 
