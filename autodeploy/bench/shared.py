@@ -100,7 +100,9 @@ def with_shared(function: Callable[..., None]) -> Callable[..., None]:
     def command(**given: Any) -> None:
         function(Shared(**{name: given.pop(name) for name in shared}), **given)
 
-    command.__signature__ = Signature([*own, *shared.values()])  # pyright: ignore[reportAttributeAccessIssue]
+    parameters = [*own, *shared.values()]
+    command.__signature__ = Signature(parameters)  # pyright: ignore[reportAttributeAccessIssue]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return command
 
 

@@ -130,7 +130,7 @@ def test_a_step_besides_the_model_costs_more_for_more_requests() -> None:
     measure = runpy.run_path(str(WORKERS / "worker_scheduling.py"))["measure"]
     one, many = (measure(num_requests, 40, 30)["seconds"] for num_requests in (1, 64))
     for costs in (one, many):
-        assert 0 < min(costs.values()) and costs["schedule"] + costs["build"] + costs["finish"] == pytest.approx(costs["whole"])
+        assert min(costs.values()) > 0 and costs["schedule"] + costs["build"] + costs["finish"] == pytest.approx(costs["whole"])
     assert many["whole"] > 3 * one["whole"]
 
 
@@ -153,7 +153,7 @@ def test_vllm_preloads_what_its_environment_has(monkeypatch: pytest.MonkeyPatch,
 
 def test_llamacpps_two_times_become_the_rates_it_prints() -> None:
     spread = runpy.run_path(str(WORKERS / "worker_llamacpp.py"))["spread"]
-    request = spread(0.5, 12.7, 128)
+    request = spread(100.0, 0.5, 12.7, 128)
     times = RunTimes((RequestTimes(request["submitted"], tuple(request["tokens"])),))
     assert times.decode_rate == pytest.approx(127 / 12.7)
     assert times.prefill_rate(128) == pytest.approx(256)
