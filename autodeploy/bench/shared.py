@@ -100,8 +100,8 @@ def with_shared(function: Callable[..., None]) -> Callable[..., None]:
     def command(**given: Any) -> None:
         function(Shared(**{name: given.pop(name) for name in shared}), **given)
 
-    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     command.__signature__ = Signature(parameters)  # pyright: ignore[reportAttributeAccessIssue]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return command
 
 

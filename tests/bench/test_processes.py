@@ -153,7 +153,7 @@ def test_vllm_preloads_what_its_environment_has(monkeypatch: pytest.MonkeyPatch,
 
 def test_llamacpps_two_times_become_the_rates_it_prints() -> None:
     spread = runpy.run_path(str(WORKERS / "worker_llamacpp.py"))["spread"]
-    request = spread(0.5, 12.7, 128)
+    request = spread(100.0, 0.5, 12.7, 128)
     times = RunTimes((RequestTimes(request["submitted"], tuple(request["tokens"])),))
     assert times.decode_rate == pytest.approx(127 / 12.7)
     assert times.prefill_rate(128) == pytest.approx(256)

@@ -98,10 +98,11 @@ def set_depth(config: Any, num_layers: int) -> None:
 
 
 def byte_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
-    """As many entries as the model has: the bytes, then names without meaning."""
+    """As many entries as the model has: the bytes, one merge (llama.cpp loads no model without any), names without meaning."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = (alphabet + [f"<unused{i}>" for i in range(vocab_size)])[:vocab_size]
-    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[]))
+    tokens = [*alphabet, "ab", *(f"<unused{i}>" for i in range(vocab_size))][:vocab_size]
+    merges = [("a", "b")] if "ab" in tokens else []
+    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
     tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=tokens[-1])
