@@ -124,12 +124,6 @@ class Program:
     def _value_reader(self) -> ValueReader:
         return ValueReader(self.inputs, self.caches, {name: self.parameter(name) for name in self.weights})
 
-    def note_choice(self, op: str, choice: Choice) -> None:
-        """Write a choice down beside those made for other calls of the same op, unless it is one of them."""
-        choices = self.providers.get(op, ())
-        if choice not in choices:
-            self.providers[op] = (*choices, choice)
-
     def op_counts(self) -> Counter[str]:
         return Counter(op_name(node.target) for node in self.graph.graph.nodes if node.op == "call_function")
 

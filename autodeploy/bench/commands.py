@@ -1,21 +1,25 @@
-"""`autodeploy bench throughput | latency | startup | compare`."""
+"""`autodeploy bench throughput | latency | startup | growth | scheduling | compare`."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Annotated
 
 import typer
 
 from autodeploy.bench import tables
+from autodeploy.bench.growth import STEP, Plan, Point, point_of_depth, points_of, share_limits
 from autodeploy.bench.measure import measure, sizes
 from autodeploy.bench.metrics import PERCENTILES, latencies
 from autodeploy.bench.peers import PEERS, find
 from autodeploy.bench.plot import Bars, bar_chart
 from autodeploy.bench.results import Results, computer
-from autodeploy.bench.shared import Shared, with_shared
+from autodeploy.bench.shared import JsonFile, Shared, show, with_shared
 from autodeploy.bench.startup import REST, TOTAL, cells_for, measure_starts, medians
-from autodeploy.bench.workload import cells_of
+from autodeploy.bench.worker import Worker
+from autodeploy.bench.workload import cells_of, counts
+from autodeploy.errors import ConfigError
 
 app = typer.Typer(no_args_is_help=True, help="Measure how fast a model is served here, alone or beside other engines.")
 
@@ -23,7 +27,7 @@ Concurrency = Annotated[str, typer.Option(help="Requests under way at once; seve
 InputLen = Annotated[str, typer.Option(help="Tokens of a prompt; several, separated by commas.")]
 OutputLen = Annotated[int, typer.Option(help="Tokens generated for each.", min=1)]
 NumRequests = Annotated[int | None, typer.Option(help="Requests of a run; absent, as many as are under way at once.", min=1)]
-PrefillLen = Annotated[int, typer.Option(help="One more cell: one prompt of so many tokens, one token out. 0: none.", min=0)]
+PrefillLen = Annotated[str, typer.Option(help="One more cell for each: one prompt of so many tokens, one token out. 0: none.")]
 
 
 @app.command()
@@ -34,7 +38,7 @@ def throughput(
     input_len: InputLen = "128",
     output_len: OutputLen = 128,
     num_requests: NumRequests = None,
-    prefill_len: PrefillLen = 0,
+    prefill_len: PrefillLen = "0",
 ) -> None:
     """Tokens per second while decoding, end to end and of prefill, each beside this machine's ceiling."""
     with shared.task(cells_of(concurrency, input_len, output_len, num_requests, prefill_len)) as task:
@@ -80,6 +84,52 @@ def startup(
 
 @app.command()
 @with_shared
+def growth(
+    shared: Shared,
+    input_len: InputLen = "128,1024,8192",
+    concurrency: Concurrency = "1,2,4,8,16,32,64",
+    layers: Annotated[
+        str | None, typer.Option(help="Numbers of layers, separated by commas: random weights, the config with this many layers.")
+    ] = None,
+    output_len: OutputLen = 32,
+) -> None:
+    """The time of a step and of a prompt as context, requests and layers grow, one at a time, each beside its floor."""
+    plan = Plan(counts(input_len, "--input-len"), counts(concurrency, "--concurrency"), output_len)
+    tasks = [(plan.cells(), None)] if plan.cells() else []
+    tasks += [([plan.cell()], depth) for depth in counts(layers, "--layers")] if layers else []
+    if not tasks:
+        raise ConfigError("nothing grows: give several values for --input-len or --concurrency, or --layers")
+    measured: list[Results] = []
+    for cells, num_layers in tasks:
+        with shared.task(cells, num_layers=num_layers) as task:
+            measured.append(measure(task))
+    share_limits(measured)
+    points: list[Point] = []
+    for (_, num_layers), results in zip(tasks, measured, strict=True):
+        points += points_of(plan, results) if num_layers is None else [point_of_depth(plan, num_layers, results)]
+    found = {"points": [asdict(point) for point in points], "measured": [results.as_json() for results in measured]}
+    shared.show(found, tables.growth_table(points), tables.footer(measured[-1]), _growth_chart(points))
+
+
+@app.command()
+def scheduling(
+    concurrency: Concurrency = "1,2,4,8,16,32,64,128,256",
+    input_len: Annotated[int, typer.Option(help="Tokens of each request's context.", min=1)] = 128,
+    steps: Annotated[int, typer.Option(help="Steps of each number of requests; medians are shown.", min=2)] = 200,
+    json_file: JsonFile = None,
+) -> None:
+    """What a decode step costs besides the model: scheduling, building the batch, and what follows the forward pass."""
+    with Worker("scheduling", environment={"OMP_NUM_THREADS": "1"}) as worker:
+        costs = {
+            many: worker.ask("measure", num_requests=many, input_len=input_len, steps=steps)["seconds"]
+            for many in counts(concurrency, "--concurrency")
+        }
+    found = {"computer": computer(), "input_len": input_len, "seconds": costs}
+    show(json_file, found, tables.scheduling_table(costs), "CPU time of the executor's thread, no model; vocabulary of 32")
+
+
+@app.command()
+@with_shared
 def compare(
     shared: Shared,
     against: Annotated[str, typer.Option(help="Engines, separated by commas; those not installed are listed.")] = ",".join(PEERS),
@@ -87,7 +137,7 @@ def compare(
     input_len: InputLen = "128",
     output_len: OutputLen = 128,
     num_requests: NumRequests = None,
-    prefill_len: PrefillLen = 1024,
+    prefill_len: PrefillLen = "1024",
     peer_path: Annotated[
         list[str] | None,
         typer.Option(help="NAME=PATH: an engine's Python, or llama.cpp's folder; also AUTODEPLOY_BENCH_NAME in the environment."),
@@ -108,6 +158,12 @@ def _rates_chart(results: Results) -> str:
         label = cell.name if kind == "prefill" else f"{kind}, {cell.name}"
         groups.append(Bars(label, values, results.ceiling(kind, cell)))
     return bar_chart("tokens per second", [engine.name for engine in results.engines], groups)
+
+
+def _growth_chart(points: Sequence[Point]) -> str:
+    steps = [(point.name, figure) for point in points for figure in point.figures if figure.name == STEP]
+    bars = [Bars(name, (1000 * figure.seconds,), 1000 * figure.floor_seconds) for name, figure in steps]
+    return bar_chart("milliseconds of a step", ["autodeploy"], bars, limit="floor of this machine")
 
 
 def _latency_chart(results: Results) -> str:

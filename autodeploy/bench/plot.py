@@ -23,14 +23,14 @@ class Bars:
     limit: float | None = None
 
 
-def bar_chart(title: str, series: Sequence[str], groups: Sequence[Bars]) -> str:
-    """The file's text. title: says the unit too. series: what the bars of a group are, in order."""
+def bar_chart(title: str, series: Sequence[str], groups: Sequence[Bars], limit: str = "ceiling of this machine") -> str:
+    """The file's text. title: says the unit too. series: what the bars of a group are, in order. limit: what the lines are."""
     largest = max([value for group in groups for value in (*group.values, group.limit) if value is not None] or [1.0])
     scale, wide = HEIGHT / largest, len(series) * BAR
     column = GAP + max([wide, *(LETTER * len(group.label) for group in groups)])
     parts: list[Html] = [
         _text(title, LEFT, 20, anchor="start", weight="600"),
-        *_legend(series, any(group.limit for group in groups)),
+        *_legend(series, limit if any(group.limit for group in groups) else ""),
     ]
     for i, group in enumerate(groups):
         left = LEFT + i * column + (column - GAP - wide) / 2
@@ -60,16 +60,16 @@ def _limit(limit: float, left: float, wide: float, scale: float) -> Html:
     return tag("line", x1=left - 4, x2=left + wide + 4, y1=y, y2=y, stroke="#1b2330", stroke_dasharray="4 3")
 
 
-def _legend(series: Sequence[str], has_limits: bool) -> list[Html]:
+def _legend(series: Sequence[str], limit: str) -> list[Html]:
     keys: list[Html] = []
     for i, name in enumerate(series):
         x = LEFT + 110 * i
         keys += [tag("rect", x=x, y=30, width=10, height=10, fill=COLOURS[i % len(COLOURS)]), _text(name, x + 15, 39, "start")]
-    if not has_limits:
+    if not limit:
         return keys
     x = LEFT + 110 * len(series)
     line = tag("line", x1=x, x2=x + 20, y1=35, y2=35, stroke="#1b2330", stroke_dasharray="4 3")
-    return [*keys, line, _text("ceiling of this machine", x + 26, 39, "start")]
+    return [*keys, line, _text(limit, x + 26, 39, "start")]
 
 
 def _text(text: str, x: float, y: float, anchor: str = "middle", weight: str | None = None) -> Html:

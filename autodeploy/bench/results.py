@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import re
 import statistics
@@ -17,6 +16,7 @@ from autodeploy.bench.ceilings import Machine, ModelSize, decode_ceiling, e2e_ce
 from autodeploy.bench.metrics import RunTimes, latencies
 from autodeploy.bench.watch import QUIET
 from autodeploy.bench.workload import Cell
+from autodeploy.executor.cores import available_cores
 
 
 @dataclass(frozen=True)
@@ -144,14 +144,6 @@ def computer() -> dict[str, Any]:
         "system": platform.platform(),
         "python": platform.python_version(),
     }
-
-
-def available_cores() -> int:
-    """Cores this process may use: by its affinity, and by the quota of its control group."""
-    allowed = len(os.sched_getaffinity(0))
-    quota = Path("/sys/fs/cgroup/cpu.max")
-    limit, period = quota.read_text().split() if quota.exists() else ("max", "1")
-    return allowed if limit == "max" else max(1, min(allowed, int(limit) // int(period)))
 
 
 def best_rate(rates: Iterable[float | None]) -> float | None:

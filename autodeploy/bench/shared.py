@@ -18,10 +18,10 @@ from rich.table import Table
 
 from autodeploy.bench.measure import Task
 from autodeploy.bench.peers import Engine
-from autodeploy.bench.results import available_cores
 from autodeploy.bench.worker import Worker
 from autodeploy.bench.workload import Cell
 from autodeploy.errors import ConfigError
+from autodeploy.executor.cores import available_cores
 
 out, err = Console(), Console(stderr=True)
 
@@ -50,48 +50,58 @@ class Shared:
     plot_file: PlotFile = None
 
     @contextmanager
-    def task(self, cells: Sequence[Cell], peers: Sequence[Engine] = ()) -> Iterator[Task]:
-        """What the engines are to do, for as long as the checkpoint is there."""
+    def task(self, cells: Sequence[Cell], peers: Sequence[Engine] = (), num_layers: int | None = None) -> Iterator[Task]:
+        """What the engines are to do, for as long as the checkpoint is there. num_layers: see `_checkpoint`."""
         options = dict(map(_parsed, self.option or ()))
-        with self._checkpoint() as folder:
+        with self._checkpoint(num_layers) as folder:
             yield Task(folder, cells, self.threads or available_cores(), self.repeats, _say, _warn, peers, options)
 
     @contextmanager
-    def _checkpoint(self) -> Iterator[str]:
-        """The folder to measure; random weights are written into it unless weights are there, and go away if it was not named."""
-        if self.model is None and self.random_weights is None:
+    def _checkpoint(self, num_layers: int | None) -> Iterator[str]:
+        """The folder to measure; random weights are written into it unless weights are there, and go away if it was not named.
+
+        With a number of layers the weights are random whatever was named, and go away.
+        """
+        config = self.random_weights or (self.model if num_layers else None)
+        if self.model is None and config is None:
             raise ConfigError("give a checkpoint folder, or --random-weights with the config to make one of")
         with tempfile.TemporaryDirectory(prefix="autodeploy-bench-") as temporary:
-            folder = Path(self.model or temporary)
-            if self.random_weights is not None and not any(folder.glob("*.safetensors")):
+            folder = Path(temporary if num_layers else self.model or temporary)
+            if config is not None and not any(folder.glob("*.safetensors")):
                 with Worker("model") as worker:
-                    worker.ask("write", config=self.random_weights, folder=str(folder))
+                    worker.ask("write", config=config, folder=str(folder), num_layers=num_layers)
             yield str(folder)
 
     def show(self, found: dict[str, Any], table: Table, footer: str, chart: str) -> None:
-        """Results as JSON, on the terminal and as a picture. JSON on standard output stands there alone."""
-        text = json.dumps(found, indent=1) + "\n"
-        if self.json_file == Path("-"):
-            print(text, end="")
-        else:
-            out.print(table)
-            out.print(footer, soft_wrap=True)
-            if self.json_file is not None:
-                self.json_file.write_text(text, encoding="utf-8")
+        """Results as JSON, on the terminal and as a picture."""
+        show(self.json_file, found, table, footer)
         if self.plot_file is not None:
             self.plot_file.write_text(chart, encoding="utf-8")
+
+
+def show(json_file: Path | None, found: dict[str, Any], table: Table, footer: str) -> None:
+    """Results as JSON and on the terminal. JSON on standard output stands there alone."""
+    text = json.dumps(found, indent=1) + "\n"
+    if json_file == Path("-"):
+        print(text, end="")
+        return
+    out.print(table)
+    out.print(footer, soft_wrap=True)
+    if json_file is not None:
+        json_file.write_text(text, encoding="utf-8")
 
 
 def with_shared(function: Callable[..., None]) -> Callable[..., None]:
     """For a command whose first parameter is a `Shared`: on the command line it has the fields of that in its place."""
     shared = signature(Shared, eval_str=True).parameters
-    own = list(signature(function, eval_str=True).parameters.values())[1:]
+    parameters = [*list(signature(function, eval_str=True).parameters.values())[1:], *shared.values()]
 
     @wraps(function)
     def command(**given: Any) -> None:
         function(Shared(**{name: given.pop(name) for name in shared}), **given)
 
-    command.__signature__ = Signature([*own, *shared.values()])  # pyright: ignore[reportAttributeAccessIssue]
+    command.__signature__ = Signature(parameters)  # pyright: ignore[reportAttributeAccessIssue]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return command
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from rich.table import Table
 
+from autodeploy.bench.growth import Point
 from autodeploy.bench.metrics import PERCENTILES, latencies
 from autodeploy.bench.results import EngineResult, Results, best_rate, computer
 from autodeploy.bench.startup import Start
@@ -51,6 +54,32 @@ def startup_table(start: Start) -> Table:
     for name, seconds in start.seconds.items():
         cpu = f"{start.cpu_seconds[name]:.2f}" if name in start.cpu_seconds else NONE
         table.add_row(name, f"{seconds:.2f}{star}", cpu)
+    return table
+
+
+def growth_table(points: Sequence[Point]) -> Table:
+    """One row per value and figure: the time, its floor, and how many times that it is."""
+    table = Table("", "", title="milliseconds, and this machine's floor")
+    for name in ("ms", "floor", "times the floor"):
+        table.add_column(name, justify="right")
+    for point, previous in zip(points, [None, *points], strict=False):
+        if previous is not None and previous.unit != point.unit:
+            table.add_section()
+        for i, figure in enumerate(point.figures):
+            milliseconds = number(1000 * figure.seconds) + ("*" if figure.is_noisy else "")
+            floor, times = number(1000 * figure.floor_seconds), f"{number(figure.times_floor)}x"
+            table.add_row("" if i else point.name, figure.name, milliseconds, floor, times)
+    return table
+
+
+def scheduling_table(costs: Mapping[int, Mapping[str, float]]) -> Table:
+    """One row per number of requests; microseconds of each part, of all, and of all per request."""
+    parts = next(iter(costs.values()))
+    table = Table("requests", *(f"{name}, us" for name in parts), "us per request", title="a decode step besides the model")
+    for column in table.columns:
+        column.justify = "right"
+    for many, seconds in costs.items():
+        table.add_row(str(many), *(number(1e6 * value) for value in seconds.values()), number(1e6 * seconds["whole"] / many))
     return table
 
 
@@ -116,7 +145,8 @@ def footer(results: Results) -> str:
     star = "*" if machine.is_noisy else ""
     lines = [
         f"{here['cpu']}, {here['cores']} cores, {results.threads} threads; "
-        f"measured: reads {machine.read_rate / 1e9:.1f}{star} GB/s, multiplies {machine.flop_rate / 1e9:,.0f}{star} GFLOP/s",
+        f"measured: {machine.read_by} reads {machine.read_rate / 1e9:.1f}{star} GB/s, "
+        f"products reach {machine.flop_rate / 1e9:,.0f}{star} GFLOP/s",
         f"weights {num_bytes(results.weight_bytes)}, read in a step {num_bytes(results.size.weight_bytes)}; KV pool "
         f"{num_bytes(results.pool_bytes)}; autodeploy's peak RssAnon {num_bytes(results.ours.peak_anon_bytes)}",
     ]

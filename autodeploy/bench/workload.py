@@ -36,13 +36,14 @@ class Cell:
         return [[draw.randrange(vocab_size) for _ in range(self.input_len)] for _ in range(self.num_requests)]
 
 
-def cells_of(concurrency: str, input_len: str, output_len: int, num_requests: int | None, prefill_len: int = 0) -> list[Cell]:
-    """Every length of prompt with every number of requests at once; `prefill_len` adds one prompt with one token out."""
+def cells_of(concurrency: str, input_len: str, output_len: int, num_requests: int | None, prefill_len: str = "0") -> list[Cell]:
+    """Every length of prompt with every number of requests at once; each `prefill_len` adds one prompt with one token out."""
     pairs = itertools.product(counts(input_len, "--input-len"), counts(concurrency, "--concurrency"))
     cells = [Cell(many, length, output_len, num_requests or many) for length, many in pairs]
     if any(cell.num_requests < cell.concurrency for cell in cells):
         raise ConfigError(f"--num-requests {num_requests} is less than --concurrency; so many can never be under way at once")
-    return cells + ([Cell(1, prefill_len, 1, 1)] if prefill_len else [])
+    lengths = [] if prefill_len == "0" else counts(prefill_len, "--prefill-len")
+    return cells + [Cell(1, length, 1, 1) for length in lengths]
 
 
 def counts(text: str, option: str) -> list[int]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from autodeploy.custom_ops import cpp
-from autodeploy.custom_ops.linear import MIN_WEIGHT, embedding_op, linear_op
+from autodeploy.custom_ops.linear import embedding_op, linear_op
 from autodeploy.custom_ops.moe import Expert, expert_matrices, moe, packed_moe
 from autodeploy.custom_ops.op import Provider
 
@@ -100,8 +100,6 @@ def against_table(target: Any, weight: Tensor, *_: Any) -> list[str]:
     """The reasons against a weight in panels."""
     if weight.dtype != torch.bfloat16:
         return [f"it has no {str(weight.dtype).removeprefix('torch.')}"]
-    if weight.numel() < MIN_WEIGHT:
-        return ["the weight is too small to gain by it"]
     if weight.shape[-1] % 2:
         return ["a row of the weight has an odd number of values"]
     return cpp.against_cpp(target) or (["this CPU has no dot product of bfloat16"] if cpp.isa() != "avx512_bf16" else [])

@@ -12,6 +12,7 @@ from torch.fx.node import map_aggregate
 
 from autodeploy.custom_ops.attention_backend import backend_named
 from autodeploy.executor.batch import WantedRows
+from autodeploy.executor.cores import available_cores
 from autodeploy.executor.packing import parameter_uses, read_packed, release_freed_memory
 from autodeploy.executor.recorded_step import Arena, RecordedStep, can_record, record
 from autodeploy.executor.request import Request
@@ -53,6 +54,8 @@ class ModelRunner:
         self, program: Program, source: TensorSource, device: str, on_parameter: Callable[[str], None] = lambda name: None
     ) -> None:
         self.program, self.device, self.rope_thresholds = program, device, program.rope_thresholds
+        if device == "cpu" and torch.get_num_threads() > (cores := available_cores()):
+            torch.set_num_threads(cores)  # torch counts those of the machine, not of the container
         tensors: dict[str, Tensor] = {}
         uses = parameter_uses(program)
         for name, tensor in materialize(program.weights, source, device):

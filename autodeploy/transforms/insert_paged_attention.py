@@ -12,7 +12,7 @@ from autodeploy.custom_ops.attention_backend import AttentionBackend, choose_bac
 from autodeploy.program import Choice, Program
 from autodeploy.specs import AttentionLayer, CacheSpec, Target, input_of_pool
 from autodeploy.transforms.base import Effect, Transform
-from autodeploy.transforms.rewrite import arguments, aten, calls, insert_cache, insert_call, insert_input, val
+from autodeploy.transforms.rewrite import arguments, aten, calls, insert_cache, insert_call, insert_input, note_choice, val
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class InsertPagedAttention(Transform):
         for node in nodes:
             layer = describe_layer(node)
             backend, against = choose_backend(layer, target)
-            program.note_choice("attention", Choice(backend.name, against))
+            note_choice(program, "attention", Choice(backend.name, against))
             _lower(program, node, layer, backend, caches)
         return len(nodes)
 

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from autodeploy.codec import fake_input
 from autodeploy.custom_ops import symbolic
 from autodeploy.custom_ops.op import argument_defaults, call_arguments
-from autodeploy.program import Program, symbols
+from autodeploy.program import Choice, Program, symbols
 from autodeploy.specs import EXAMPLE_PAGE_SIZE, EXAMPLE_PAGES, CacheSpec, input_spec
 
 aten = torch.ops.aten
@@ -171,6 +171,13 @@ def insert_cache(program: Program, prefix: str, spec: CacheSpec) -> fx.Node:
         node.meta["val"] = torch.empty(spec.shape(EXAMPLE_PAGES, EXAMPLE_PAGE_SIZE), dtype=getattr(torch, spec.dtype))
     program.caches[name] = spec
     return node
+
+
+def note_choice(program: Program, op: str, choice: Choice) -> None:
+    """Write a choice down beside those made for other calls of the same op, unless it is one of them."""
+    choices = program.providers.get(op, ())
+    if choice not in choices:
+        program.providers[op] = (*choices, choice)
 
 
 def erase_dead(program: Program) -> None:

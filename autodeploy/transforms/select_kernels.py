@@ -12,7 +12,7 @@ from autodeploy.custom_ops import SEMANTIC_OPS, Provider
 from autodeploy.program import Choice, Program
 from autodeploy.specs import Target
 from autodeploy.transforms.base import Transform
-from autodeploy.transforms.rewrite import arguments, val
+from autodeploy.transforms.rewrite import arguments, note_choice, val
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class SelectKernels(Transform):
             op = SEMANTIC_OPS[node.target]
             provider, against = chosen[node]
             node.target = provider.function
-            program.note_choice(op.name, Choice(provider.name, {name: tuple(why) for name, why in against.items()}))
+            note_choice(program, op.name, Choice(provider.name, {name: tuple(why) for name, why in against.items()}))
         return len(calls)
 
 

@@ -51,12 +51,20 @@ def test_help_loads_neither_torch_nor_transformers() -> None:
     assert done.stdout.split() == ["False", "False"]
 
 
+def test_scheduling_prints_each_part() -> None:
+    done = bench("scheduling", "--concurrency", "1,5", "--input-len", "8", "--steps", "5", "--json", "-")
+    assert done.returncode == 0, done.stderr
+    costs = json.loads(done.stdout)["seconds"]
+    assert list(costs) == ["1", "5"] and costs["5"].keys() == {"schedule", "build", "finish", "whole"}
+
+
 def test_wrong_options_are_one_line() -> None:
     for arguments, reason in (
         (["throughput"], "--random-weights"),
         (["latency", DEMO, "--concurrency", "0"], "--concurrency is '0'"),
         (["compare", DEMO, "--against", "lamacpp"], "Did you mean 'llamacpp'"),
         (["throughput", DEMO, "--option", "x"], "name=value"),
+        (["growth", DEMO, "--input-len", "16", "--concurrency", "1"], "nothing grows"),
     ):
         done = bench(*arguments)
         assert done.returncode == 1 and "ConfigError" in done.stderr and reason in done.stderr, done.stderr
@@ -84,6 +92,25 @@ def test_startup_lists_the_phases_of_a_new_process() -> None:
     for start in found["starts"]:
         total = start["seconds"].pop("process start to first token")
         assert sum(start["seconds"].values()) == pytest.approx(total)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_growth_with_context_requests_and_layers(tmp_path: Path) -> None:
+    """The demo model has two layers; the others get random weights."""
+    picture = tmp_path / "growth.svg"
+    sizes = ["--input-len", "16,32", "--concurrency", "1,3", "--layers", "1,3", "--output-len", "8"]
+    done = bench("growth", DEMO, *sizes, "--repeats", "1", "--threads", "1", "--json", "-", "--plot", str(picture))
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    names = [(point["value"], point["unit"]) for point in found["points"]]
+    assert names == [(16, "token"), (32, "token"), (1, "request"), (3, "request"), (1, "layer"), (3, "layer")]
+    for point in found["points"]:
+        for figure in point["figures"]:
+            assert figure["seconds"] > figure["floor_seconds"] > 0
+    one, three = (each["size"]["body_numbers"] for each in found["measured"][1:])
+    assert three > 2 * one
+    assert "3 layers" in picture.read_text() and "floor of this machine" in picture.read_text()
 
 
 @pytest.mark.slow

@@ -86,15 +86,16 @@ def test_a_window_bounds_what_is_read_and_multiplied() -> None:
 
 
 def test_cells_are_every_length_with_every_number_of_requests() -> None:
-    cells = cells_of("1,8", "128,512", 16, None, 1024)
+    cells = cells_of("1,8", "128,512", 16, None, "1024,4096")
     assert [(cell.concurrency, cell.input_len, cell.num_requests) for cell in cells] == [
         (1, 128, 1),
         (8, 128, 8),
         (1, 512, 1),
         (8, 512, 8),
         (1, 1024, 1),
+        (1, 4096, 1),
     ]
-    assert (longest(cells), most_tokens(cells)) == (1025, 8 * 528)
+    assert (longest(cells), most_tokens(cells)) == (4097, 8 * 528)
     with pytest.raises(ConfigError, match="--concurrency is '1,x'"):
         cells_of("1,x", "128", 16, None)
     with pytest.raises(ConfigError, match="less than --concurrency"):

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import Gemma3TextConfig
 
 from autodeploy.bench.metrics import RequestTimes, RunTimes
 from autodeploy.bench.peers import Engine, find, variable
@@ -52,9 +54,10 @@ def test_peak_memory_is_that_of_the_process_and_its_children() -> None:
 
 
 def test_a_worker_answers_and_says_what_went_wrong() -> None:
-    with Worker("limits") as worker:
+    with Worker("limits", environment={"AUTODEPLOY_NO_CPP": "1"}) as worker:
         found = worker.ask("measure", threads=1, dtype="float32", seconds=0.01)
         assert 1e8 < found["read_rate"] < 1e13 and 1e9 < found["flop_rate"] < 1e15
+        assert found["read_by"] == "torch.sum"
         assert worker.started < found["begun"] < found["imported"] < found["at"]
         with pytest.raises(WorkerError, match=r"limits: AttributeError: .*no_dtype"):
             worker.ask("measure", threads=1, dtype="no_dtype", seconds=0.01)
@@ -109,9 +112,48 @@ def test_phases_of_a_start_add_up() -> None:
     assert seconds[REST] == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("num_blocks", [1, 2, 7, 4096])
+def test_the_loop_that_reads_meets_each_number_once(threads: int, num_blocks: int) -> None:
+    limits = runpy.run_path(str(WORKERS / "worker_limits.py"))
+    numbers = limits["in_huge_pages"](512 * num_blocks).copy_(torch.arange(128 * num_blocks) % 5)
+    assert limits["total_of"](numbers, threads) == (torch.arange(128 * num_blocks) % 5).sum()
+
+
+def test_the_read_rate_is_that_of_the_loop() -> None:
+    limits = runpy.run_path(str(WORKERS / "worker_limits.py"))
+    found = limits["read_rate"](1, 0.01)
+    assert found["read_by"] == "a C++ loop" and 1e8 < found["read_rate"] < 1e13
+
+
+def test_a_step_besides_the_model_costs_more_for_more_requests() -> None:
+    measure = runpy.run_path(str(WORKERS / "worker_scheduling.py"))["measure"]
+    one, many = (measure(num_requests, 40, 30)["seconds"] for num_requests in (1, 64))
+    for costs in (one, many):
+        assert min(costs.values()) > 0 and costs["schedule"] + costs["build"] + costs["finish"] == pytest.approx(costs["whole"])
+    assert many["whole"] > 3 * one["whole"]
+
+
+def test_lists_with_an_entry_per_layer_follow_the_number_of_layers() -> None:
+    set_depth = runpy.run_path(str(WORKERS / "worker_model.py"))["set_depth"]
+    config = Gemma3TextConfig(num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"])
+    set_depth(config, 3)
+    assert config.num_hidden_layers == 3
+    assert config.layer_types == ["sliding_attention", "full_attention", "sliding_attention"]
+
+
+def test_vllm_preloads_what_its_environment_has(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    library = runpy.run_path(str(WORKERS / "worker_vllm.py"))["library"]
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "libiomp5.so").touch()
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    assert library("iomp5") == str(tmp_path / "lib" / "libiomp5.so")
+    assert library("no_such_library") is None
+
+
 def test_llamacpps_two_times_become_the_rates_it_prints() -> None:
     spread = runpy.run_path(str(WORKERS / "worker_llamacpp.py"))["spread"]
-    request = spread(0.5, 12.7, 128)
+    request = spread(100.0, 0.5, 12.7, 128)
     times = RunTimes((RequestTimes(request["submitted"], tuple(request["tokens"])),))
     assert times.decode_rate == pytest.approx(127 / 12.7)
     assert times.prefill_rate(128) == pytest.approx(256)

@@ -13,7 +13,7 @@ from autodeploy import Program
 from autodeploy.transforms.fuse_linears import FuseLinears
 from autodeploy.transforms.match_norm import MatchNorm
 from autodeploy.transforms.match_rope import MatchRope
-from autodeploy.transforms.rewrite import Call, MaybeCast, Var, aten, calls, first_match, insert_call, match
+from autodeploy.transforms.rewrite import Call, MaybeCast, Var, aten, calls, first_match, insert_call, match, replace_call
 from tests.transforms.helpers import apply, toy_program
 
 A, B = Var("a"), Var("b")
@@ -113,3 +113,14 @@ def test_linears_with_a_bias_given_by_name_are_left_alone() -> None:
         *leading, bias = node.args
         node.args, node.kwargs = tuple(leading), {"bias": bias}
     assert apply(program, FuseLinears()) == [0]
+
+
+def test_a_view_of_a_value_that_lies_otherwise_now_becomes_a_reshape() -> None:
+    program, _ = toy_program(lambda toy, x, positions: x.clone().view(1, -1, 2).view(x.shape))
+    (clone,) = calls(program, aten.clone.default)
+    turned = insert_call(program, clone, aten.transpose.int, clone.args[0], 1, 2)
+    copied = insert_call(program, clone, aten.clone.default, turned, memory_format=torch.contiguous_format)
+    replace_call(program, clone, aten.transpose.int, copied, 1, 2)
+    targets = [node.target for node in calls(program, aten.view.default, aten.reshape.default)]
+    assert targets == [aten.reshape.default, aten.view.default]
+    program.check()

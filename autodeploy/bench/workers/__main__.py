@@ -3,9 +3,11 @@
 import importlib
 import json
 import os
+import subprocess
 import sys
 import time
 import traceback
+from pathlib import Path
 from typing import Any
 
 
@@ -20,10 +22,18 @@ def main() -> None:
             answer = worker.do(request.pop("do"), request)
         except Exception as error:  # whatever it is, the process that asked is told, and may ask for more
             traceback.print_exc()
-            answer = {"error": " ".join(f"{type(error).__name__}: {error}".split())[:500]}
+            answer = {"error": " ".join(reason(error).split())[:500]}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
     worker.close()
+
+
+def reason(error: Exception) -> str:
+    """What went wrong; of a command that failed, the last that it said."""
+    if not isinstance(error, subprocess.CalledProcessError):
+        return f"{type(error).__name__}: {error}"
+    said = (error.stderr or "it said nothing").strip().splitlines()
+    return f"{Path(error.cmd[0]).name} ended with code {error.returncode}: {said[-1]}"
 
 
 class Worker:

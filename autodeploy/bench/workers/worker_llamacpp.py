@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+TRIES = 10
 settings: dict[str, Any] = {}
 CONVERT = """
 import sys
@@ -26,12 +27,21 @@ def lenient(known):
             return "default"
     return name
 
+def looked_for(known):
+    def vocabulary(self):
+        if not (self.dir_model / "tokenizer.model").exists():
+            raise FileNotFoundError("tokenizer.model")
+        return known(self)
+    return vocabulary
+
 classes = [value for module in list(sys.modules.values()) for value in vars(module).values() if isinstance(value, type)]
 for each in {{each for each in classes if "get_vocab_base_pre" in vars(each)}}:
     each.get_vocab_base_pre = lenient(each.get_vocab_base_pre)
+    each._create_vocab_sentencepiece = looked_for(each._create_vocab_sentencepiece)
 {module}.main()
 """
-"""Its converter refuses a tokenizer whose hash it does not know, such as the one written with random weights."""
+"""Its converter refuses a tokenizer whose hash it does not know, such as the one written with random weights, and imports
+sentencepiece before it finds that there is no such model."""
 
 
 def binary() -> Path:
@@ -47,7 +57,7 @@ def prepare(model: str) -> dict[str, Any]:
         script = Path(folder) / "convert_hf_to_gguf.py"
         code = CONVERT.format(folder=folder, module=script.stem)
         arguments = [model, "--outfile", str(file), "--outtype", "bf16"]
-        subprocess.run([sys.executable, "-c", code, *arguments], check=True, cwd=folder)
+        subprocess.run([sys.executable, "-c", code, *arguments], check=True, cwd=folder, capture_output=True, text=True)
     return {}
 
 
@@ -59,22 +69,36 @@ def load(model: str, threads: int, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def run(prompts: list[list[int]], output_len: int, concurrency: int) -> dict[str, Any]:
-    """Waves of `concurrency` prompts; the first token counts as there when the prompts are computed."""
-    length, further = len(prompts[0]), max(output_len - 1, 1)
-    context = concurrency * (length + further) + 64
-    sizes = ["-npp", length, "-ntg", further, "-npl", concurrency, "-c", context, "-b", 2048, "-ub", 512]
-    flags = ["-t", settings["threads"], "-tb", settings["threads"], "--output-format", "jsonl"]
+    """Waves of `concurrency` prompts, each counted from the end of the one before: the model is loaded anew in between.
+
+    The first token counts as there when the prompts are computed.
+    """
     requests: list[dict[str, Any]] = []
-    for _ in range(0, len(prompts), concurrency):
-        command = [str(binary()), "-m", settings["file"], *map(str, sizes + flags)]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        row = next(json.loads(line) for line in (done.stdout + done.stderr).splitlines() if line.startswith("{"))
-        requests += [spread(row["t_pp"], row["t_tg"], output_len) for _ in range(concurrency)]
+    started = None
+    for done in range(0, len(prompts), concurrency):
+        many = min(concurrency, len(prompts) - done)
+        row = row_of(len(prompts[0]), output_len, many)
+        prefill, decode = row["t_pp"], row["t_tg"]
+        started = time.perf_counter() - prefill - decode if started is None else started
+        requests += [spread(started, prefill, decode, output_len)] * many
+        started += prefill + decode
     return {"requests": requests, "spread_evenly": True}
 
 
-def spread(prefill: float, decode: float, output_len: int) -> dict[str, Any]:
-    """Times of one request that ends now; seconds."""
-    first = time.perf_counter() - decode
+def row_of(input_len: int, output_len: int, many: int) -> dict[str, Any]:
+    """What it prints of so many prompts. It ends without waiting for the thread that prints, so that sometimes nothing comes."""
+    further = max(output_len - 1, 1)
+    sizes = ["-npp", input_len, "-ntg", further, "-npl", many, "-c", many * (input_len + further) + 64, "-b", 2048, "-ub", 512]
+    flags = ["-t", settings["threads"], "-tb", settings["threads"], "--output-format", "jsonl"]
+    command = [str(binary()), "-m", settings["file"], *map(str, sizes + flags)]
+    for _ in range(TRIES):
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        if rows := [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]:
+            return rows[0]
+    raise RuntimeError(f"llama-batched-bench printed nothing {TRIES} times")
+
+
+def spread(submitted: float, prefill: float, decode: float, output_len: int) -> dict[str, Any]:
+    """Times of one request; seconds."""
     step = decode / max(output_len - 1, 1)
-    return {"submitted": first - prefill, "tokens": [first + step * i for i in range(output_len)]}
+    return {"submitted": submitted, "tokens": [submitted + prefill + step * i for i in range(output_len)]}

@@ -53,13 +53,16 @@ SHAPES: dict[str, dict[str, Any]] = {
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
-def write(config: str, folder: str) -> dict[str, Any]:
+def write(config: str, folder: str, num_layers: int | None = None) -> dict[str, Any]:
     """A checkpoint with random bf16 weights and a tokenizer that knows bytes, for engines that insist on one.
 
-    config: a folder with a config.json, a name of `SHAPES`, or a model type (its config class's own defaults).
+    config: a folder with a config.json, a name of `SHAPES`, or a model type (its config class's own defaults). num_layers: in
+    place of its own number.
     """
     torch.manual_seed(0)
     settings = config_of(config)
+    if num_layers is not None:
+        set_depth(settings.get_text_config(), num_layers)
     torch.set_default_dtype(torch.bfloat16)
     try:
         model = AutoModelForCausalLM.from_config(settings, dtype=torch.bfloat16)
@@ -85,11 +88,21 @@ def config_of(name: str) -> Any:
     )
 
 
+def set_depth(config: Any, num_layers: int) -> None:
+    """Another number of layers; lists with an entry per layer are repeated or cut."""
+    had = config.num_hidden_layers
+    for name, value in config.to_dict().items():
+        if isinstance(value, list) and len(value) == had:
+            setattr(config, name, [value[i % had] for i in range(num_layers)])
+    config.num_hidden_layers = num_layers
+
+
 def byte_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
-    """As many entries as the model has: the bytes, then names without meaning."""
+    """As many entries as the model has: the bytes, one merge (llama.cpp loads no model without any), names without meaning."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = (alphabet + [f"<unused{i}>" for i in range(vocab_size)])[:vocab_size]
-    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[]))
+    tokens = [*alphabet, "ab", *(f"<unused{i}>" for i in range(vocab_size))][:vocab_size]
+    merges = [("a", "b")] if "ab" in tokens else []
+    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
     tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=tokens[-1])

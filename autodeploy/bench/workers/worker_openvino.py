@@ -30,7 +30,8 @@ def prepare(model: str) -> dict[str, Any]:
     if not (folder / "openvino_model.xml").exists():
         optimum = Path(sys.executable).with_name("optimum-cli")
         task = ["--task", "text-generation-with-past", "--weight-format", "fp16"]
-        subprocess.run([str(optimum), "export", "openvino", "--model", model, *task, str(folder)], check=True)
+        command = [str(optimum), "export", "openvino", "--model", model, *task, str(folder)]
+        subprocess.run(command, check=True, capture_output=True, text=True)
     return {}
 
 

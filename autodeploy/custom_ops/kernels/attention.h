@@ -8,6 +8,10 @@
 
 #include "common.h"
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
+
 constexpr float INFINITE = std::numeric_limits<float>::infinity();
 
 inline int64_t round_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
@@ -151,7 +155,7 @@ using Math = Singles<T>;
 
 #endif
 
-// Memory of a thread that grows to what the largest call needs, and stays.
+// Memory of a thread that grows to what the largest call needs, and stays. Sanitizers get a gap behind each part to watch.
 class Scratch {
   public:
     void reserve(int64_t bytes) {
@@ -160,18 +164,24 @@ class Scratch {
             memory.reset(static_cast<char*>(std::aligned_alloc(64, size)));
         }
         used = 0;
+#if defined(__SANITIZE_ADDRESS__)
+        ASAN_UNPOISON_MEMORY_REGION(memory.get(), size);
+#endif
     }
 
     template <typename U>
     U* take(int64_t count) {
         U* taken = reinterpret_cast<U*>(memory.get() + used);
         used += bytes_of<U>(count);
+#if defined(__SANITIZE_ADDRESS__)
+        ASAN_POISON_MEMORY_REGION(taken + count, memory.get() + used - reinterpret_cast<char*>(taken + count));
+#endif
         return taken;
     }
 
     template <typename U>
     static int64_t bytes_of(int64_t count) {
-        return round_up(count * sizeof(U), 64);
+        return round_up(count * sizeof(U), 64) + GAP;
     }
 
   private:
@@ -180,6 +190,11 @@ class Scratch {
     };
     std::unique_ptr<char, Free> memory;
     int64_t size = 0, used = 0;
+#if defined(__SANITIZE_ADDRESS__)
+    static constexpr int64_t GAP = 64;
+#else
+    static constexpr int64_t GAP = 0;
+#endif
 };
 
 // softcap * tanh(score / softcap), to about the last bit: a polynomial near 0, where 1 - 2 / (e^2x + 1) would lose digits.

@@ -24,6 +24,22 @@ inline Vec sums(Vec* x) {
     }
 }
 
+// Asks for the tokens of the next block in the order of memory, while those of this one are worked on.
+template <typename T>
+struct Ahead {
+    const T* const* token;
+    const T* const* end;
+    int64_t width, at = 0;  // numbers of a token, and how many of them have been asked for
+
+    void ask(int64_t count) {
+        for (; count > 0 && token != end; count -= 64 / sizeof(T)) {
+            __builtin_prefetch(*token + at, 0, 2);
+            at += 64 / sizeof(T);
+            if (at >= width) token++, at = 0;
+        }
+    }
+};
+
 // One new token of one request over keys [first, last). A slice is ROWS query rows of one head of the cache; rows beyond the
 // group are zeros.
 template <typename T, int ROWS>
@@ -67,9 +83,12 @@ class DecodeRange {
         std::fill(values, values + rows * columns, 0.0f);
         std::fill(largest, largest + rows, -INFINITE);
         std::fill(sum, sum + rows, 0.0f);
-        for (int64_t start = first; start < last; start += BLOCK)
-            for (int64_t slice = 0; slice < call.kv_heads * slices; slice++)
-                add_block(slice, tokens + (start - first), std::min<int64_t>(BLOCK, last - start), last - start, start - position);
+        for (int64_t start = first; start < last; start += BLOCK) {
+            const T** block = tokens + (start - first);
+            const int64_t count = std::min<int64_t>(BLOCK, last - start), next = std::min<int64_t>(BLOCK, last - start - count);
+            Ahead<T> ahead{block + count, block + count + next, call.kv_heads * call.width};
+            for (int64_t slice = 0; slice < call.kv_heads * slices; slice++) add_block(slice, block, count, start - position, ahead);
+        }
     }
 
     Partial row(int64_t head) const {
@@ -95,14 +114,13 @@ class DecodeRange {
     static void copy(T from, T* to) { *to = from; }
     static void copy(bf16 from, float* to) { *to = widen(from); }
 
-    // ahead: how many tokens follow from the first one on; offset: the position of the first key less that of the query.
-    void add_block(int64_t slice, const T* const* block, int64_t count, int64_t ahead, int64_t offset) {
+    // offset: the position of the first key less that of the query.
+    void add_block(int64_t slice, const T* const* block, int64_t count, int64_t offset, Ahead<T>& ahead) {
         const int64_t place = slice / slices * call.width;
         alignas(64) float scores[ROWS * BLOCK];
         alignas(64) typename M::Unit weights[ROWS * BLOCK / M::TOGETHER];
         float factors[ROWS];
-        if (slice % slices == 0) prefetch(block + BLOCK, std::min<int64_t>(BLOCK, ahead - BLOCK), place);
-        score(q + slice * ROWS * depth, block, count, place, scores);
+        score(q + slice * ROWS * depth, block, count, place, scores, ahead);
         for (int64_t row = 0; row < ROWS; row++) {
             factors[row] = weigh(slice, row, count, offset, scores + row * BLOCK);
             for (int64_t i = 0; i < BLOCK; i += M::WIDTH)
@@ -110,18 +128,15 @@ class DecodeRange {
         }
         const int64_t together = OPERANDS * LANES;
         int64_t d = 0;
-        for (; d + together <= call.head_dim_v; d += together) add_values<OPERANDS>(slice, block, count, place, d, weights, factors);
-        for (; d < call.head_dim_v; d += M::WIDTH) add_values<M::TOGETHER>(slice, block, count, place, d, weights, factors);
-    }
-
-    void prefetch(const T* const* block, int64_t count, int64_t place) const {
-        for (int64_t t = 0; t < count; t++)
-            for (int64_t d = 0; d < call.width; d += 64 / sizeof(T)) __builtin_prefetch(block[t] + place + d, 0, 2);
+        for (; d + together <= call.head_dim_v; d += together) add_values<OPERANDS>(slice, block, count, place, d, weights, factors, ahead);
+        for (; d < call.head_dim_v; d += M::WIDTH) add_values<M::TOGETHER>(slice, block, count, place, d, weights, factors, ahead);
     }
 
     // scores [ROWS, BLOCK] = q [ROWS, depth] times keys.
-    void score(const typename M::Stored* rows, const T* const* block, int64_t count, int64_t place, float* scores) const {
+    void score(const typename M::Stored* rows, const T* const* block, int64_t count, int64_t place, float* scores,
+               Ahead<T>& ahead) const {
         for (int64_t t = 0; t < count; t += TOKENS) {
+            ahead.ask(TOKENS * call.head_dim_k);
             Vec total[LANES] = {};
             const T* keys[TOKENS];
             for (int i = 0; i < TOKENS; i++) keys[i] = block[std::min(t + i, count - 1)] + place;
@@ -169,7 +184,7 @@ class DecodeRange {
     // Columns d.. of the sums of a slice: times a factor, plus weights [ROWS, BLOCK] times values.
     template <int COUNT>
     void add_values(int64_t slice, const T* const* block, int64_t count, int64_t place, int64_t d, const typename M::Unit* weights,
-                    const float* factors) {
+                    const float* factors, Ahead<T>& ahead) {
         float* into = values + slice * ROWS * columns + d;
         const int64_t offset = place + call.width - call.head_dim_v + d, rest = call.head_dim_v - d;
         Vec total[ROWS][COUNT];
@@ -178,6 +193,7 @@ class DecodeRange {
 #pragma GCC unroll 8
             for (int c = 0; c < COUNT; c++) total[r][c] = load(into + r * columns + c * LANES) * factors[r];
         for (int64_t t = 0; t < count; t += M::TOGETHER) {
+            ahead.ask(M::TOGETHER * COUNT * LANES);
             const T* pair[] = {block[t], block[std::min(t + 1, count - 1)]};
             typename M::Operand value[COUNT];
 #pragma GCC unroll 8

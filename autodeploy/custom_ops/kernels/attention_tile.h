@@ -12,10 +12,11 @@ constexpr int WIDE = LANES == 16 ? 4 : ROWS % (3 * LANES) ? 2 : 3;        // and
 template <class M, int COUNT>
 inline void multiply(const typename M::Unit* a, int64_t row_step, int64_t unit_step, const typename M::Unit* b, int64_t b_step,
                      int64_t units, const float* factors, float* out, int64_t out_step) {
-    Vec total[HIGH][COUNT] = {};
-    if (factors)
-        for (int r = 0; r < HIGH; r++)
-            for (int c = 0; c < COUNT; c++) total[r][c] = load(out + r * out_step + c * LANES) * factors[r];
+    Vec total[HIGH][COUNT];
+#pragma GCC unroll 4
+    for (int r = 0; r < HIGH; r++)
+#pragma GCC unroll 4
+        for (int c = 0; c < COUNT; c++) total[r][c] = factors ? load(out + r * out_step + c * LANES) * factors[r] : Vec{};
     for (int64_t k = 0; k < units; k++) {
         typename M::Operand x[COUNT];
 #pragma GCC unroll 4
@@ -27,7 +28,9 @@ inline void multiply(const typename M::Unit* a, int64_t row_step, int64_t unit_s
             for (int c = 0; c < COUNT; c++) total[r][c] = M::dot(total[r][c], one, x[c]);
         }
     }
+#pragma GCC unroll 4
     for (int r = 0; r < HIGH; r++)
+#pragma GCC unroll 4
         for (int c = 0; c < COUNT; c++) store(out + r * out_step + c * LANES, total[r][c]);
 }
 

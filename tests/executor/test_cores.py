@@ -1,0 +1,30 @@
+"""Threads are as many as the container may run at once."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+import autodeploy
+from autodeploy.executor import cores
+from tests.models.families import make_model
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("max 100000", 99), ("150000 100000", 1), ("50000 100000", 1), ("9900000 100000", 99)]
+)
+def test_the_quota_of_the_control_group_counts(text: str, expected: int, tmp_path: Path) -> None:
+    (tmp_path / "cpu.max").write_text(text)
+    allowed = len(os.sched_getaffinity(0))
+    assert cores.available_cores(tmp_path / "cpu.max") == min(expected, allowed)
+    assert cores.available_cores(tmp_path / "none") == allowed
+
+
+def test_torch_starts_no_more_threads_than_there_are_cores() -> None:
+    torch.set_num_threads(1000)
+    try:
+        autodeploy.compile(make_model("llama", num_hidden_layers=1)).shutdown()
+        assert torch.get_num_threads() == cores.available_cores()
+    finally:
+        torch.set_num_threads(2)
