@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,7 +24,9 @@ from autodeploy.bench.workload import Cell
 from autodeploy.errors import ConfigError
 from autodeploy.executor.cores import available_cores
 
-out, err = Console(), Console(stderr=True)
+WIDE = 160
+"""Columns where nothing is as narrow as a terminal."""
+out, err = Console(width=None if sys.stdout.isatty() else WIDE), Console(stderr=True)
 
 Model = Annotated[str | None, typer.Argument(help="A checkpoint folder; with --random-weights the one to write and keep.")]
 RandomWeights = Annotated[

@@ -88,7 +88,7 @@ def compare_table(results: Results) -> Table:
     table = Table("tokens per second", title="compared")
     peers = len(results.engines) > 1
     for name in [*(engine.name for engine in results.engines), *(["ours / best peer"] if peers else []), "ceiling"]:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", overflow="fold")
     for kind, cell in columns_of(results):
         rates = (_rate(engine, kind, cell) for engine in results.engines)
         ratio = [_ratio(results, kind, cell)] if peers else []

@@ -159,6 +159,34 @@ def test_llamacpps_two_times_become_the_rates_it_prints() -> None:
     assert times.prefill_rate(128) == pytest.approx(256)
 
 
+LLAMACPP = """#!/bin/sh
+case "$*" in
+    *--version*) echo "version: 7" ;;
+    *) if [ -e "$0.once" ]; then echo '{"t_pp": 0.5, "t_tg": 2.0}'; else touch "$0.once"; fi ;;
+esac
+"""
+"""Prints nothing the first time it is asked to measure."""
+
+
+def test_llamacpp_is_asked_again_when_its_output_is_lost_and_waves_follow_each_other(tmp_path: Path) -> None:
+    program = tmp_path / "llama-batched-bench"
+    program.write_text(LLAMACPP)
+    program.chmod(0o755)
+    with Worker("llamacpp", environment={variable("llamacpp"): str(tmp_path)}) as worker:
+        assert worker.ask("load", model="", threads=1, options={})["versions"] == {"llama.cpp": "version: 7"}
+        requests = worker.ask("run", prompts=[[1, 2]] * 3, output_len=3, concurrency=2)["requests"]
+    since = requests[0]["submitted"]
+    times = [[round(time - since, 6) for time in (request["submitted"], *request["tokens"])] for request in requests]
+    assert times == [[0.0, 0.5, 1.5, 2.5]] * 2 + [[2.5, 3.0, 4.0, 5.0]]
+
+
+def test_a_command_that_fails_is_reported_by_its_last_words(tmp_path: Path) -> None:
+    (tmp_path / "convert_hf_to_gguf.py").write_text("import sys\nsys.exit('many words\\nnot this model')")
+    failed = pytest.raises(WorkerError, match=r"llamacpp: python\S* ended with code 1: not this model")
+    with Worker("llamacpp", environment={variable("llamacpp"): str(tmp_path)}) as worker, failed:
+        worker.ask("prepare", model=str(tmp_path))
+
+
 def test_a_picture_has_a_bar_per_value_and_a_line_per_limit() -> None:
     text = bar_chart("tokens & seconds", ["a", "b"], [Bars("one", (1.0, None), 3.0), Bars("two", (2.0, 2.5))])
     tree = ElementTree.fromstring(text)
