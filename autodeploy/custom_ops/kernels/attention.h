@@ -36,9 +36,9 @@ struct PerHead {
 // The arguments of a call. Lengths are read when it runs: only shapes and addresses may be remembered from call to call.
 template <typename T>
 struct Call {
-    const T* q;               // [H, T, Dk], strided
-    const T* cache;           // [pages, page, Hkv, width]: keys are the first Dk numbers of the width, values the last Dv
-    const int64_t* page_table;  // [B, P], rows strided
+    const T* q;                   // [H, T, Dk], strided
+    const T* cache;               // [pages, page, Hkv, width]: keys are the first Dk numbers of the width, values the last Dv
+    const int64_t* page_table;    // [B, P], rows strided
     const int32_t* cu_seqlens_q;  // [B + 1]
     const int32_t* seq_lens;      // [B]
     PerHead sinks, alibi;         // [H], or null

@@ -3,7 +3,7 @@
 
 #include "attention.h"
 
-constexpr int BLOCK = 32;          // tokens whose scores are known before their values are added; the next ones are prefetched
+constexpr int BLOCK = 32;                         // tokens whose scores are known before their values are added; the next ones are prefetched
 constexpr int MAX_SLICE = LANES < 8 ? LANES : 8;  // query rows that share each read of a key
 
 template <int STEP, int... lane>
@@ -19,7 +19,8 @@ inline Vec sums(Vec* x) {
         return x[0];
     } else {
 #pragma GCC unroll 8
-        for (int i = 0; i < LANES / STEP / 2; i++) x[i] = fold<STEP>(x[2 * i], x[2 * i + 1], std::make_integer_sequence<int, LANES>{});
+        for (int i = 0; i < LANES / STEP / 2; i++)
+            x[i] = fold<STEP>(x[2 * i], x[2 * i + 1], std::make_integer_sequence<int, LANES>{});
         return sums<2 * STEP>(x);
     }
 }
@@ -77,7 +78,8 @@ class DecodeRange {
     }
 
     void run(int64_t request, int64_t first, int64_t last) {
-        const int64_t token = call.cu_seqlens_q[request], position = call.seq_lens[request] - 1, rows = call.kv_heads * slices * ROWS;
+        const int64_t token = call.cu_seqlens_q[request], position = call.seq_lens[request] - 1;
+        const int64_t rows = call.kv_heads * slices * ROWS;
         call.find_tokens(request, first, last, tokens);
         read_queries(token);
         std::fill(values, values + rows * columns, 0.0f);
@@ -151,11 +153,12 @@ class DecodeRange {
                 }
             }
             const Vec found = sums(total);
-            for (int r = 0; r < ROWS; r++) memcpy(scores + r * BLOCK + t, reinterpret_cast<const float*>(&found) + r * TOKENS, TOKENS * 4);
+            const auto* lanes = reinterpret_cast<const float*>(&found);
+            for (int r = 0; r < ROWS; r++) memcpy(scores + r * BLOCK + t, lanes + r * TOKENS, TOKENS * sizeof(float));
         }
     }
 
-    // Scores [BLOCK] of one row become weights relative to the largest score so far; returns what earlier sums are to be multiplied with.
+    // Scores [BLOCK] of one row become weights relative to the largest score so far; returns the factor of what was summed before.
     float weigh(int64_t slice, int64_t row, int64_t count, int64_t offset, float* scores) {
         const Vec slope = all(call.alibi.numbers ? call.alibi[head_of(slice, row)] : 0);
         Vec peak = all(-INFINITE), total = {};
