@@ -28,6 +28,9 @@ SCALE = HEAD_DIM**-0.5
 MIN_BYTES = 1 << 28
 """Of all copies of the cache together."""
 
+BLOCK = torch.ones(1 << 26)
+"""What `torch.sum` reads in turn with the others, for the rate of memory."""
+
 
 @dataclass(frozen=True)
 class Case:
@@ -78,17 +81,6 @@ def contiguous(case: Case, folded: bool) -> Callable[[], Tensor]:
     return lambda: F.scaled_dot_product_attention(q, k, v, **options)
 
 
-def read_rate() -> float:
-    """Bytes a second of `torch.sum`, the best of several."""
-    block = torch.ones(1 << 26)
-    times = []
-    for _ in range(6):
-        start = time.perf_counter()
-        block.sum()
-        times.append(time.perf_counter() - start)
-    return block.nbytes / min(times)
-
-
 def measure(case: Case, rounds: int) -> str:
     """A line of the table."""
     copies = max(2, min(64, MIN_BYTES // case.cache_bytes))
@@ -97,6 +89,7 @@ def measure(case: Case, rounds: int) -> str:
         "folded": [contiguous(case, True) for _ in range(copies)],
         "gqa": [contiguous(case, False) for _ in range(copies)] if case.new_tokens > 1 else [],
         "reference": [paged(case, paged_attention.reference)],
+        "read": [BLOCK.sum],
     }
     times: dict[str, list[float]] = {name: [] for name, calls in ways.items() if calls}
     for i, name in itertools.product(range(rounds + 1), times):
@@ -107,7 +100,7 @@ def measure(case: Case, rounds: int) -> str:
             times[name].append(time.perf_counter() - start)
     median = {name: statistics.median(taken) for name, taken in times.items()}
     ours, sdpa = median["ours"], min(median[name] for name in ("folded", "gqa") if name in median)
-    floor = f"{ours / (case.cache_bytes / read_rate()):.2f}" if case.new_tokens == 1 else ""
+    floor = f"{ours / (median['read'] * case.cache_bytes / BLOCK.nbytes):.2f}" if case.new_tokens == 1 else ""
     return f"{case.name:30} {ours * 1e3:9.2f} {sdpa / ours:8.2f}x {median['reference'] / ours:10.2f}x {floor:>8}"
 
 

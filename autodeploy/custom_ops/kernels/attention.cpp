@@ -41,7 +41,8 @@ class Plan {
     void add_tiles(const Call<T>& call, int64_t request) {
         const int64_t rows = call.new_tokens(request) * call.group();
         for (int64_t row = (rows - 1) / ROWS * ROWS; row >= 0; row -= ROWS)
-            for (int64_t head = 0; head < call.kv_heads; head++) tasks.push_back({request, head, row, 0, call.seq_lens[request], -1});
+            for (int64_t head = 0; head < call.kv_heads; head++)
+                tasks.push_back({request, head, row, 0, call.seq_lens[request], -1});
     }
 
     void add_token(const Call<T>& call, int64_t request) {
@@ -53,7 +54,8 @@ class Plan {
             const int64_t last = std::min(seq_len, first / size * size + size), partial = is_split ? partials++ : -1;
             if (!in_tiles) tasks.push_back({request, -1, 0, first, last, partial});
             for (int64_t head = 0; in_tiles && head < call.kv_heads; head++)
-                for (int64_t row = 0; row < call.group(); row += ROWS) tasks.push_back({request, head, row, first, last, partial});
+                for (int64_t row = 0; row < call.group(); row += ROWS)
+                    tasks.push_back({request, head, row, first, last, partial});
         }
         if (is_split) splits.push_back({call.cu_seqlens_q[request], before, partials});
     }
@@ -105,7 +107,8 @@ class Attention {
         scratch.reserve(DecodeRange<T, SLICE>::bytes(call, RANGE));
         DecodeRange<T, SLICE> range(call, scratch, RANGE);
         range.run(task.request, task.first, task.last);
-        for (int64_t head = 0; head < call.heads; head++) keep(task.partial, call.cu_seqlens_q[task.request], head, range.row(head));
+        for (int64_t head = 0; head < call.heads; head++)
+            keep(task.partial, call.cu_seqlens_q[task.request], head, range.row(head));
     }
 
     void run_tile(const Task& task, Scratch& scratch) {
@@ -158,16 +161,16 @@ void attend(const Call<T>& call, int64_t threads) {
 // bytes: of a number of q, cache and out; sinks and alibi have their own.
 EXPORT void autodeploy_paged_attention(const void* q, const void* cache, const int64_t* page_table, const int32_t* cu_seqlens_q,
                                        const int32_t* seq_lens, const void* sinks, const void* alibi, void* out, int64_t bytes,
-                                       int64_t sinks_bytes, int64_t alibi_bytes, int64_t requests, int64_t heads, int64_t kv_heads,
-                                       int64_t head_dim_k, int64_t head_dim_v, int64_t width, int64_t page_size,
+                                       int64_t sinks_bytes, int64_t alibi_bytes, int64_t requests, int64_t heads,
+                                       int64_t kv_heads, int64_t head_dim_k, int64_t head_dim_v, int64_t width, int64_t page_size,
                                        int64_t q_head_stride, int64_t q_token_stride, int64_t q_dim_stride,
                                        int64_t page_table_stride, int64_t window, int64_t chunk, int64_t threads, float scale,
                                        float softcap) {
     const auto run = [&]<typename T>(T) {
         attend(Call<T>{static_cast<const T*>(q), static_cast<const T*>(cache), page_table, cu_seqlens_q, seq_lens,
                        {sinks, sinks_bytes}, {alibi, alibi_bytes}, static_cast<T*>(out), requests, heads, kv_heads, head_dim_k,
-                       head_dim_v, width, page_size, q_head_stride, q_token_stride, q_dim_stride, page_table_stride, window, chunk,
-                       scale, softcap},
+                       head_dim_v, width, page_size, q_head_stride, q_token_stride, q_dim_stride, page_table_stride, window,
+                       chunk, scale, softcap},
                threads);
     };
     bytes == 4 ? run(float{}) : run(bf16{});
@@ -203,8 +206,8 @@ EXPORT void autodeploy_kv_append(const void* k, const void* v, void* cache, cons
                                  int64_t k_token_stride, int64_t k_dim_stride, int64_t v_head_stride, int64_t v_token_stride,
                                  int64_t v_dim_stride, int64_t threads) {
     const auto run = [&]<typename T>(T) {
-        append(static_cast<const T*>(k), static_cast<const T*>(v), static_cast<T*>(cache), slots, tokens, heads, head_dim_k, head_dim_v,
-               {k_head_stride, k_token_stride, k_dim_stride}, {v_head_stride, v_token_stride, v_dim_stride}, threads);
+        append(static_cast<const T*>(k), static_cast<const T*>(v), static_cast<T*>(cache), slots, tokens, heads, head_dim_k,
+               head_dim_v, {k_head_stride, k_token_stride, k_dim_stride}, {v_head_stride, v_token_stride, v_dim_stride}, threads);
     };
     bytes == 4 ? run(float{}) : run(bf16{});
 }

@@ -36,9 +36,9 @@ struct PerHead {
 // The arguments of a call. Lengths are read when it runs: only shapes and addresses may be remembered from call to call.
 template <typename T>
 struct Call {
-    const T* q;               // [H, T, Dk], strided
-    const T* cache;           // [pages, page, Hkv, width]: keys are the first Dk numbers of the width, values the last Dv
-    const int64_t* page_table;  // [B, P], rows strided
+    const T* q;                   // [H, T, Dk], strided
+    const T* cache;               // [pages, page, Hkv, width]: keys are the first Dk numbers of the width, values the last Dv
+    const int64_t* page_table;    // [B, P], rows strided
     const int32_t* cu_seqlens_q;  // [B + 1]
     const int32_t* seq_lens;      // [B]
     PerHead sinks, alibi;         // [H], or null
@@ -141,7 +141,8 @@ struct Pairs {
     // Indices of words start, start + 1, .. of a first vector, each followed by the same one of a second vector.
     static __m512i alternating(int start) {
         const __m512i count = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-        return _mm512_add_epi32(_mm512_or_si512(count, _mm512_slli_epi32(count, 16)), _mm512_set1_epi32((32 + start) << 16 | start));
+        const __m512i twice = _mm512_or_si512(count, _mm512_slli_epi32(count, 16));
+        return _mm512_add_epi32(twice, _mm512_set1_epi32((32 + start) << 16 | start));
     }
 };
 

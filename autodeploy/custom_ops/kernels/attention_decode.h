@@ -3,7 +3,7 @@
 
 #include "attention.h"
 
-constexpr int BLOCK = 32;          // tokens whose scores are known before their values are added; the next ones are prefetched
+constexpr int BLOCK = 32;                         // tokens whose scores come before their values; the next ones are prefetched
 constexpr int MAX_SLICE = LANES < 8 ? LANES : 8;  // query rows that share each read of a key
 
 template <int STEP, int... lane>
@@ -19,7 +19,8 @@ inline Vec sums(Vec* x) {
         return x[0];
     } else {
 #pragma GCC unroll 8
-        for (int i = 0; i < LANES / STEP / 2; i++) x[i] = fold<STEP>(x[2 * i], x[2 * i + 1], std::make_integer_sequence<int, LANES>{});
+        for (int i = 0; i < LANES / STEP / 2; i++)
+            x[i] = fold<STEP>(x[2 * i], x[2 * i + 1], std::make_integer_sequence<int, LANES>{});
         return sums<2 * STEP>(x);
     }
 }
@@ -77,7 +78,8 @@ class DecodeRange {
     }
 
     void run(int64_t request, int64_t first, int64_t last) {
-        const int64_t token = call.cu_seqlens_q[request], position = call.seq_lens[request] - 1, rows = call.kv_heads * slices * ROWS;
+        const int64_t token = call.cu_seqlens_q[request], position = call.seq_lens[request] - 1;
+        const int64_t rows = call.kv_heads * slices * ROWS;
         call.find_tokens(request, first, last, tokens);
         read_queries(token);
         std::fill(values, values + rows * columns, 0.0f);
@@ -87,7 +89,8 @@ class DecodeRange {
             const T** block = tokens + (start - first);
             const int64_t count = std::min<int64_t>(BLOCK, last - start), next = std::min<int64_t>(BLOCK, last - start - count);
             Ahead<T> ahead{block + count, block + count + next, call.kv_heads * call.width};
-            for (int64_t slice = 0; slice < call.kv_heads * slices; slice++) add_block(slice, block, count, start - position, ahead);
+            for (int64_t slice = 0; slice < call.kv_heads * slices; slice++)
+                add_block(slice, block, count, start - position, ahead);
         }
     }
 
@@ -128,8 +131,10 @@ class DecodeRange {
         }
         const int64_t together = OPERANDS * LANES;
         int64_t d = 0;
-        for (; d + together <= call.head_dim_v; d += together) add_values<OPERANDS>(slice, block, count, place, d, weights, factors, ahead);
-        for (; d < call.head_dim_v; d += M::WIDTH) add_values<M::TOGETHER>(slice, block, count, place, d, weights, factors, ahead);
+        for (; d + together <= call.head_dim_v; d += together)
+            add_values<OPERANDS>(slice, block, count, place, d, weights, factors, ahead);
+        for (; d < call.head_dim_v; d += M::WIDTH)
+            add_values<M::TOGETHER>(slice, block, count, place, d, weights, factors, ahead);
     }
 
     // scores [ROWS, BLOCK] = q [ROWS, depth] times keys.
@@ -142,7 +147,8 @@ class DecodeRange {
             for (int i = 0; i < TOKENS; i++) keys[i] = block[std::min(t + i, count - 1)] + place;
             for (int64_t d = 0; d < call.head_dim_k; d += M::WIDTH) {
                 typename M::Operand query[ROWS];
-                for (int r = 0; r < ROWS; r++) query[r] = M::load(reinterpret_cast<const typename M::Unit*>(rows + r * depth + d));
+                for (int r = 0; r < ROWS; r++)
+                    query[r] = M::load(reinterpret_cast<const typename M::Unit*>(rows + r * depth + d));
 #pragma GCC unroll 16
                 for (int i = 0; i < TOKENS; i++) {
                     const auto key = M::read(keys[i] + d, call.head_dim_k - d);
@@ -151,11 +157,12 @@ class DecodeRange {
                 }
             }
             const Vec found = sums(total);
-            for (int r = 0; r < ROWS; r++) memcpy(scores + r * BLOCK + t, reinterpret_cast<const float*>(&found) + r * TOKENS, TOKENS * 4);
+            const auto* lanes = reinterpret_cast<const float*>(&found);
+            for (int r = 0; r < ROWS; r++) memcpy(scores + r * BLOCK + t, lanes + r * TOKENS, TOKENS * sizeof(float));
         }
     }
 
-    // Scores [BLOCK] of one row become weights relative to the largest score so far; returns what earlier sums are to be multiplied with.
+    // Scores [BLOCK] of one row become weights relative to the largest score so far. Returns the factor of earlier sums.
     float weigh(int64_t slice, int64_t row, int64_t count, int64_t offset, float* scores) {
         const Vec slope = all(call.alibi.numbers ? call.alibi[head_of(slice, row)] : 0);
         Vec peak = all(-INFINITE), total = {};
@@ -183,8 +190,8 @@ class DecodeRange {
 
     // Columns d.. of the sums of a slice: times a factor, plus weights [ROWS, BLOCK] times values.
     template <int COUNT>
-    void add_values(int64_t slice, const T* const* block, int64_t count, int64_t place, int64_t d, const typename M::Unit* weights,
-                    const float* factors, Ahead<T>& ahead) {
+    void add_values(int64_t slice, const T* const* block, int64_t count, int64_t place, int64_t d,
+                    const typename M::Unit* weights, const float* factors, Ahead<T>& ahead) {
         float* into = values + slice * ROWS * columns + d;
         const int64_t offset = place + call.width - call.head_dim_v + d, rest = call.head_dim_v - d;
         Vec total[ROWS][COUNT];

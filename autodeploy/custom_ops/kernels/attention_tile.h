@@ -11,7 +11,8 @@ constexpr int WIDE = LANES == 16 ? 4 : ROWS % (3 * LANES) ? 2 : 3;        // and
 // no factors: start from zero.
 template <class M, int COUNT>
 inline void multiply(const typename M::Unit* a, int64_t row_step, int64_t unit_step, const typename M::Unit* b, int64_t b_step,
-                     int64_t units, const float* factors, float* out, int64_t out_step) {
+                     int64_t units, const float* factors, float* out,
+                     int64_t out_step) {
     Vec total[HIGH][COUNT];
 #pragma GCC unroll 4
     for (int r = 0; r < HIGH; r++)
@@ -37,7 +38,8 @@ inline void multiply(const typename M::Unit* a, int64_t row_step, int64_t unit_s
 // The same of any number of rows and columns; both are rounded up, to HIGH and to LANES.
 template <class M>
 inline void multiply(int64_t rows, int64_t columns, const typename M::Unit* a, int64_t row_step, int64_t unit_step,
-                     const typename M::Unit* b, int64_t b_step, int64_t units, const float* factors, float* out, int64_t out_step) {
+                     const typename M::Unit* b, int64_t b_step, int64_t units, const float* factors, float* out,
+                     int64_t out_step) {
     for (int64_t c = 0; c < columns; c += WIDE * LANES)
         for (int64_t r = 0; r < rows; r += HIGH) {
             const auto* left = a + r * row_step;
@@ -72,8 +74,8 @@ class Tile {
         const int64_t depth = (call.head_dim_k + TOGETHER - 1) / TOGETHER, columns = round_up(call.head_dim_v, M::WIDTH);
         return Scratch::bytes_of<Unit>(depth * ROWS) + Scratch::bytes_of<Unit>(KEYS * depth) +
                Scratch::bytes_of<Unit>(KEYS / TOGETHER * columns) + Scratch::bytes_of<Unit>(KEYS / TOGETHER * ROWS) +
-               Scratch::bytes_of<float>(KEYS * ROWS) + Scratch::bytes_of<float>(ROWS * columns) + 6 * Scratch::bytes_of<float>(ROWS) +
-               Scratch::bytes_of<const T*>(2 * (KEYS + 1));
+               Scratch::bytes_of<float>(KEYS * ROWS) + Scratch::bytes_of<float>(ROWS * columns) +
+               6 * Scratch::bytes_of<float>(ROWS) + Scratch::bytes_of<const T*>(2 * (KEYS + 1));
     }
 
     Tile(const Call<T>& call, Scratch& scratch)
@@ -191,7 +193,8 @@ class Tile {
         Vec total = load(sum + i) * factor;
         for (int64_t k = 0; k < count; k += TOGETHER) {
             Vec some[2] = {};
-            for (int64_t j = k; j < std::min(k + TOGETHER, count); j++) total += some[j - k] = exp(load(scores + j * ROWS + i) - base);
+            for (int64_t j = k; j < std::min(k + TOGETHER, count); j++)
+                total += some[j - k] = exp(load(scores + j * ROWS + i) - base);
             M::pack(some, weights + k / TOGETHER * ROWS + i);
         }
         store(sum + i, total);
