@@ -139,9 +139,10 @@ def _built() -> Path:
         digest.update(path.read_bytes())
     folder = _owned(cache_folder() / "kernels")
     library = folder / f"{digest.hexdigest()[:32]}.so"
-    with _locked(folder):
-        if not _is_intact(library):
-            _build(compiler, flags, library)
+    if not _is_intact(library):
+        with _locked(folder):
+            if not _is_intact(library):  # nobody else has built it meanwhile
+                _build(compiler, flags, library)
     return library
 
 

@@ -118,7 +118,7 @@ def _on_huge_pages(num_values: int) -> Tensor:
     size = 2 * (num_values + AHEAD)
     if size < HUGE_PAGE:
         return torch.empty(num_values + AHEAD, dtype=torch.bfloat16)
-    area = mmap.mmap(-1, size + HUGE_PAGE)
+    area = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared memory gets none
     area.madvise(mmap.MADV_HUGEPAGE)
     values = torch.frombuffer(area, dtype=torch.bfloat16)
     first = -values.data_ptr() % HUGE_PAGE // 2

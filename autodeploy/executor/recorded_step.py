@@ -41,7 +41,7 @@ class Arena:
     """Places for the values of recorded steps, which all share it, since one step runs at a time."""
 
     def __init__(self, num_bytes: int = ARENA_BYTES) -> None:
-        self.memory = torch.frombuffer(mmap.mmap(-1, num_bytes), dtype=torch.uint8)
+        self.memory = torch.frombuffer(mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=torch.uint8)
         self.clear()
 
     def clear(self) -> None:
