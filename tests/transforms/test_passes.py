@@ -200,7 +200,7 @@ def test_only_wanted_rows_reach_norm_head_and_softcap() -> None:
 def test_every_semantic_op_gets_a_provider_and_mutating_ones_survive_dead_code_elimination() -> None:
     program, _ = family_program("qwen3")
     apply(program, Cleanup(), InsertPagedAttention(), SelectKernels())
-    assert set(program.providers) == {"attention", "kv_append", "linear", "paged_attention"}
+    assert set(program.providers) == {"attention", "embedding", "kv_append", "linear", "paged_attention"}
     program.graph.graph.eliminate_dead_code()
     assert program.op_counts()["attention.kv_append"] == 2
 
