@@ -145,8 +145,8 @@ def footer(results: Results) -> str:
     star = "*" if machine.is_noisy else ""
     lines = [
         f"{here['cpu']}, {here['cores']} cores, {results.threads} threads; "
-        f"measured: {machine.read_by} reads {machine.read_rate / 1e9:.1f}{star} GB/s, "
-        f"products reach {machine.flop_rate / 1e9:,.0f}{star} GFLOP/s",
+        f"measured: reads {machine.read_rate / 1e9:.1f}{star} GB/s ({machine.pages} pages), "
+        f"multiplies {machine.flop_rate / 1e9:,.0f}{star} GFLOP/s",
         f"weights {num_bytes(results.weight_bytes)}, read in a step {num_bytes(results.size.weight_bytes)}; KV pool "
         f"{num_bytes(results.pool_bytes)}; autodeploy's peak RssAnon {num_bytes(results.ours.peak_anon_bytes)}",
     ]
