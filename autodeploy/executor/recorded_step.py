@@ -41,30 +41,33 @@ class Arena:
     """Places for the values of recorded steps, which all share it, since one step runs at a time."""
 
     def __init__(self, num_bytes: int = ARENA_BYTES) -> None:
-        self.memory = torch.frombuffer(mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=torch.uint8)
+        self.area, self.num_bytes = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), num_bytes
+        self.base = torch.frombuffer(self.area, dtype=torch.uint8).data_ptr()
         self.clear()
 
     def clear(self) -> None:
         """Everything is free again."""
-        self._free: list[tuple[int, int]] = [(0, self.memory.numel())]  # (start, stop), in order
+        self._free: list[tuple[int, int]] = [(0, self.num_bytes)]  # (start, stop), in order
         self._taken: dict[int, int] = {}  # start -> stop
         self._holders: dict[int, int] = defaultdict(int)
 
     def owns(self, tensor: Tensor) -> bool:
-        return tensor.untyped_storage().data_ptr() == self.memory.data_ptr()
+        return self.base <= tensor.data_ptr() < self.base + self.num_bytes
 
     def place(self, like: Tensor) -> Tensor:
-        """A tensor of that shape, layout and dtype, at the first place with room for it."""
-        extent = 1 + sum((size - 1) * stride for size, stride in zip(like.shape, like.stride(), strict=True))
-        num_bytes = max(ALIGNMENT, -(-extent * like.element_size() // ALIGNMENT) * ALIGNMENT) if like.numel() else ALIGNMENT
+        """A tensor of that shape, layout and dtype, at the first place with room for it.
+
+        Its storage ends with it: some ops of torch copy all of a storage.
+        """
+        extent = 1 + sum((size - 1) * stride for size, stride in zip(like.shape, like.stride(), strict=True)) if like.numel() else 1
+        num_bytes = -(-extent * like.element_size() // ALIGNMENT) * ALIGNMENT
         at = next((i for i, (low, high) in enumerate(self._free) if high - low >= num_bytes), None)
-        assert at is not None, f"the arena of {self.memory.numel()} bytes has no room for {num_bytes} more"
-        start = self._free[at][0]
+        assert at is not None, f"the arena of {self.num_bytes} bytes has no room for {num_bytes} more"
+        start, high = self._free[at]
         stop = start + num_bytes
         self._taken[start] = stop
-        rest = (stop, self._free[at][1])
-        self._free[at : at + 1] = [rest] if rest[0] < rest[1] else []
-        return self.memory[start:stop].view(like.dtype).as_strided(like.shape, like.stride())
+        self._free[at : at + 1] = [(stop, high)] if stop < high else []
+        return torch.frombuffer(self.area, dtype=like.dtype, count=extent, offset=start).as_strided(like.shape, like.stride())
 
     def hold(self, value: Any) -> None:
         for start in self._starts(value):
@@ -88,8 +91,8 @@ class Arena:
     def _starts(self, value: Any) -> set[int]:
         """Where the places begin that the tensors of a value lie in."""
         taken = sorted(self._taken)
-        tensors = [tensor for tensor in tree_iter(value) if isinstance(tensor, Tensor) and tensor.numel() and self.owns(tensor)]
-        return {taken[bisect_right(taken, tensor.data_ptr() - self.memory.data_ptr()) - 1] for tensor in tensors}
+        tensors = [tensor for tensor in tree_iter(value) if isinstance(tensor, Tensor) and self.owns(tensor)]
+        return {taken[bisect_right(taken, tensor.data_ptr() - self.base) - 1] for tensor in tensors}
 
 
 def _joined(free: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
