@@ -59,7 +59,8 @@ class Arena:
 
         Its storage ends with it: some ops of torch copy all of a storage.
         """
-        extent = 1 + sum((size - 1) * stride for size, stride in zip(like.shape, like.stride(), strict=True)) if like.numel() else 1
+        steps = zip(like.shape, like.stride(), strict=True)
+        extent = 1 + sum((size - 1) * stride for size, stride in steps if like.numel())
         num_bytes = -(-extent * like.element_size() // ALIGNMENT) * ALIGNMENT
         at = next((i for i, (low, high) in enumerate(self._free) if high - low >= num_bytes), None)
         assert at is not None, f"the arena of {self.num_bytes} bytes has no room for {num_bytes} more"
