@@ -18,8 +18,6 @@ from autodeploy.custom_ops.op import Provider
 
 WIDTH = 64
 """Outputs of a panel."""
-AHEAD = 1024
-"""Numbers behind the last panel that may be prefetched."""
 HUGE_PAGE = 1 << 21
 
 _pack = cpp.Kernel("pack_linear", "pplll")
@@ -115,14 +113,14 @@ def against_expert_panels(
 
 def _on_huge_pages(num_values: int) -> Tensor:
     """Memory for that many bfloat16 values, in pages of 2 MB where the system gives them: one page walk where there were 512."""
-    size = 2 * (num_values + AHEAD)
+    size = 2 * num_values
     if size < HUGE_PAGE:
-        return torch.empty(num_values + AHEAD, dtype=torch.bfloat16)
+        return torch.empty(num_values, dtype=torch.bfloat16)
     area = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared memory gets none
     area.madvise(mmap.MADV_HUGEPAGE)
     values = torch.frombuffer(area, dtype=torch.bfloat16)
     first = -values.data_ptr() % HUGE_PAGE // 2
-    return values[first : first + num_values + AHEAD]
+    return values[first : first + num_values]
 
 
 linear_op.register(Provider("cpp", panel_linear, against_panels, {"weight": pack_panels}))

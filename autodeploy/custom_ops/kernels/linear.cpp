@@ -5,10 +5,10 @@
 
 constexpr int WIDTH = 64;        // outputs of a panel
 constexpr int ROWS = 6;          // rows of x whose sums (6 x 4 vectors) stay in registers
-constexpr int DEPTH = 128;       // pairs of k after which the next rows get their turn: 32 KB of a panel
+constexpr int DEPTH = 64;        // pairs of k after which the next rows get their turn: 16 KB of a panel
 constexpr int BLOCK = 192;       // rows of x to a task
 constexpr int LINE = 16;         // pairs in 64 bytes of a row of the weight
-constexpr int PREFETCH = 1024;   // values ahead in the stream
+constexpr int PREFETCH = DEPTH * 2 * WIDTH;  // values ahead in the stream: what all rows will need next
 
 EXPORT void autodeploy_pack_linear(const bf16* weight, bf16* packed, int64_t N, int64_t K, int64_t threads) {
     const int64_t pairs = K / 2;
@@ -81,7 +81,7 @@ EXPORT void autodeploy_linear(const bf16* x, int64_t stride, const bf16* packed,
     parallel(threads, panels * blocks, [&](int64_t first, int64_t last) {
         alignas(64) float sums[BLOCK * WIDTH];
         for (int64_t task = first; task < last; task++) {
-            const int64_t panel = task / blocks, top = task % blocks * BLOCK, rows = std::min<int64_t>(BLOCK, M - top);
+            const int64_t panel = task % panels, top = task / panels * BLOCK, rows = std::min<int64_t>(BLOCK, M - top);
             const bf16* weights = packed + panel * pairs * 2 * WIDTH;
             for (int64_t i = 0; i < rows * WIDTH; i++) sums[i] = 0;
             for (int64_t pair = 0; pair < pairs; pair += depth)
