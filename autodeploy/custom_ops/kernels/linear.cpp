@@ -10,6 +10,15 @@ constexpr int BLOCK = 192;       // rows of x to a task
 constexpr int LINE = 16;         // pairs in 64 bytes of a row of the weight
 constexpr int PREFETCH = DEPTH * 2 * WIDTH;  // values ahead in the stream: what all rows will need next
 
+// Pairs [rows][pairs] of a weight to [pairs][rows] of a panel, by way of a small square: neither side is read or written in pieces.
+static void transpose(const bf16* from, int64_t stride, int64_t rows, int64_t pairs, bf16* to) {
+    uint32_t in[LINE][LINE] = {}, out[LINE][LINE];
+    for (int64_t n = 0; n < rows; n++) memcpy(in[n], from + n * stride, pairs * 4);
+    for (int64_t pair = 0; pair < LINE; pair++)
+        for (int64_t n = 0; n < LINE; n++) out[pair][n] = in[n][pair];
+    for (int64_t pair = 0; pair < pairs; pair++) memcpy(to + pair * WIDTH * 2, out[pair], rows * 4);
+}
+
 EXPORT void autodeploy_pack_linear(const bf16* weight, bf16* packed, int64_t N, int64_t K, int64_t threads) {
     const int64_t pairs = K / 2;
     parallel(threads, (N + WIDTH - 1) / WIDTH, [&](int64_t first, int64_t last) {
@@ -17,12 +26,10 @@ EXPORT void autodeploy_pack_linear(const bf16* weight, bf16* packed, int64_t N, 
             bf16* to = packed + panel * pairs * WIDTH * 2;
             const int64_t rows = std::min<int64_t>(WIDTH, N - panel * WIDTH);
             if (rows < WIDTH) memset(to, 0, pairs * WIDTH * 2 * sizeof(bf16));
-            for (int64_t start = 0; start < pairs; start += LINE)
-                for (int64_t n = 0; n < rows; n++) {
-                    const bf16* row = weight + (panel * WIDTH + n) * K;
-                    for (int64_t pair = start; pair < std::min(start + LINE, pairs); pair++)
-                        memcpy(to + (pair * WIDTH + n) * 2, row + 2 * pair, 2 * sizeof(bf16));
-                }
+            for (int64_t top = 0; top < rows; top += LINE)
+                for (int64_t start = 0; start < pairs; start += LINE)
+                    transpose(weight + (panel * WIDTH + top) * K + 2 * start, K, std::min<int64_t>(LINE, rows - top),
+                              std::min<int64_t>(LINE, pairs - start), to + (start * WIDTH + top) * 2);
         }
     });
 }
