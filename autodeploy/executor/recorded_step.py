@@ -115,6 +115,10 @@ class _Watch(TorchDispatchMode):
         super().__init__()
         self.arena, self.did_more = arena, False
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # it would import dynamo, a second of start-up, only to be told to stay away
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if func in ALLOCATES:

@@ -13,10 +13,12 @@ from torch import Tensor
 import autodeploy
 from autodeploy import ExecutionError
 from autodeploy import custom_ops as ops
+from autodeploy.custom_ops.cpp import against_cpp
 from autodeploy.program import Choice, Program
 from autodeploy.report.html import Before, Settings, page
 from autodeploy.report.tables import provider_table
 from autodeploy.report.timeline import Timeline
+from autodeploy.specs import Target
 from autodeploy.transforms.select_kernels import SelectKernels
 from tests.models.families import make_model
 from tests.transforms.helpers import apply, toy_program
@@ -65,7 +67,9 @@ def test_a_provider_that_raises_is_named_in_the_error() -> None:
         del ops.PROVIDED[failing]
 
 
-REFUSED = Choice("reference", {"picky": ("eps is 0.25", "it is picky [really]")})
+FALLBACK = ops.rms_norm.providers[0].name if not against_cpp(Target()) else "reference"
+"""Of norms that `picky` does not take."""
+REFUSED = Choice(FALLBACK, {"picky": ("eps is 0.25", "it is picky [really]")})
 
 
 def test_every_different_choice_is_kept_once(program: Program) -> None:
@@ -84,7 +88,7 @@ def test_choices_are_saved(program: Program, tmp_path: Path) -> None:
 def test_tables_show_each_choice_and_the_reasons_against_others(program: Program) -> None:
     op, provider, refused = (list(column.cells) for column in provider_table(program).columns)
     assert op == ["embedding", "rms_norm", "", "linear"]
-    assert list(map(str, provider)) == ["reference", "reference", "picky", "reference"]
+    assert list(map(str, provider)) == ["reference", FALLBACK, "picky", "reference"]
     assert list(map(str, refused)) == [
         "cpp: it has no float32",
         "picky: eps is 0.25, it is picky [really]",
@@ -93,5 +97,5 @@ def test_tables_show_each_choice_and_the_reasons_against_others(program: Program
     ]
     settings = Settings(page_size=32, pools={"pages": 9}, max_batch_size=1, max_num_tokens=64, max_seq_len=256)
     shown = page("toy", program, Before(), Timeline(), settings)
-    assert "<td><code>reference</code></td><td><div><code>picky</code>: eps is 0.25, it is picky [really]</div></td>" in shown
+    assert f"<td><code>{FALLBACK}</code></td><td><div><code>picky</code>: eps is 0.25, it is picky [really]</div></td>" in shown
     assert '<td></td><td class="number"></td><td><code>picky</code></td><td><span class="chip none">' in shown
