@@ -14,6 +14,7 @@ from torch import Tensor
 from autodeploy.custom_ops import provider_at_work
 from autodeploy.errors import EngineDeadError, ExecutionError, RequestError
 from autodeploy.executor.batch import BatchBuilder, WantedRows
+from autodeploy.executor.cores import end_idle_threads
 from autodeploy.executor.model_runner import Runner
 from autodeploy.executor.outputs import RequestHandle
 from autodeploy.executor.request import FinishReason, Request
@@ -36,6 +37,7 @@ class ADExecutor:
         self._wakeup = threading.Condition()
         self._closing = False
         self._death: BaseException | None = None
+        end_idle_threads()
         self._thread = threading.Thread(target=self._loop, name="ad-executor", daemon=True)
         self._thread.start()
 

@@ -28,3 +28,13 @@ def test_torch_starts_no_more_threads_than_there_are_cores() -> None:
         assert torch.get_num_threads() == cores.available_cores()
     finally:
         torch.set_num_threads(2)
+
+
+def test_threads_left_over_from_loading_end_when_the_executor_starts() -> None:
+    """Linux names every thread of a process; the threads of OpenMP belong to the one that started them."""
+    torch.randn(600, 600) @ torch.randn(600, 600)
+    (torch.randn(1 << 20) + 1).sum()
+    before = len(os.listdir("/proc/self/task"))
+    cores.end_idle_threads()
+    assert len(os.listdir("/proc/self/task")) < before
+    assert float((torch.ones(1 << 20) + 1).sum()) == 2 << 20
