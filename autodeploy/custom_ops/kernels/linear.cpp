@@ -5,10 +5,11 @@
 
 constexpr int WIDTH = 64;        // outputs of a panel
 constexpr int ROWS = 6;          // rows of x whose sums (6 x 4 vectors) stay in registers
-constexpr int DEPTH = 64;        // pairs of k after which the next rows get their turn: 16 KB of a panel
 constexpr int BLOCK = 192;       // rows of x to a task
+constexpr int NEAR = 64;         // pairs of k after which the next rows get their turn: 16 KB of a panel
+constexpr int FAR = 512;         // the same where there are several blocks: 128 KB
+constexpr int AHEAD = 8192;      // values from what is read to what is fetched into the second cache
 constexpr int LINE = 16;         // pairs in 64 bytes of a row of the weight
-constexpr int PREFETCH = DEPTH * 2 * WIDTH;  // values ahead in the stream: what all rows will need next
 
 // Pairs [rows][pairs] of a weight to [pairs][rows] of a panel, by way of a small square: neither side is read or written in pieces.
 static void transpose(const bf16* from, int64_t stride, int64_t rows, int64_t pairs, bf16* to) {
@@ -47,18 +48,16 @@ EXPORT void autodeploy_embedding(const int64_t* ids, const bf16* packed, bf16* o
 
 #if defined(__AVX512BF16__)
 
-// sums [M][64] += x [M][2 * pairs] times a panel's part.
+// sums [M][64] += x [M][2 * pairs] times a panel's part. Two lines of `next` are fetched for each four that are read.
 template <int M>
-inline void multiply(const bf16* x, int64_t stride, const bf16* panel, int64_t pairs, float* sums) {
+inline void multiply(const bf16* x, int64_t stride, const bf16* panel, int64_t pairs, float* sums, const bf16* next) {
     __m512 total[M][4];
     for (int m = 0; m < M; m++)
         for (int c = 0; c < 4; c++) total[m][c] = _mm512_loadu_ps(sums + m * WIDTH + c * 16);
-    for (int64_t pair = 0; pair < pairs; pair++, panel += 2 * WIDTH) {
+    for (int64_t pair = 0; pair < pairs; pair++, panel += 2 * WIDTH, next += WIDTH) {
         __m512bh w[4];
-        for (int c = 0; c < 4; c++) {
-            w[c] = (__m512bh)_mm512_loadu_si512(panel + c * 32);
-            _mm_prefetch((const char*)(panel + PREFETCH + c * 32), _MM_HINT_T0);
-        }
+        for (int c = 0; c < 4; c++) w[c] = (__m512bh)_mm512_loadu_si512(panel + c * 32);
+        for (int c = 0; c < 2; c++) _mm_prefetch((const char*)(next + c * 32), _MM_HINT_T1);
         for (int m = 0; m < M; m++) {
             int32_t two;
             memcpy(&two, x + m * stride + 2 * pair, 4);
@@ -70,31 +69,42 @@ inline void multiply(const bf16* x, int64_t stride, const bf16* panel, int64_t p
         for (int c = 0; c < 4; c++) _mm512_storeu_ps(sums + m * WIDTH + c * 16, total[m][c]);
 }
 
-inline void multiply(int64_t M, const bf16* x, int64_t stride, const bf16* panel, int64_t pairs, float* sums) {
+inline void multiply(int64_t M, const bf16* x, int64_t stride, const bf16* panel, int64_t pairs, float* sums, const bf16* next) {
     switch (M) {
-        case 1: return multiply<1>(x, stride, panel, pairs, sums);
-        case 2: return multiply<2>(x, stride, panel, pairs, sums);
-        case 3: return multiply<3>(x, stride, panel, pairs, sums);
-        case 4: return multiply<4>(x, stride, panel, pairs, sums);
-        case 5: return multiply<5>(x, stride, panel, pairs, sums);
-        default: return multiply<6>(x, stride, panel, pairs, sums);
+        case 1: return multiply<1>(x, stride, panel, pairs, sums, next);
+        case 2: return multiply<2>(x, stride, panel, pairs, sums, next);
+        case 3: return multiply<3>(x, stride, panel, pairs, sums, next);
+        case 4: return multiply<4>(x, stride, panel, pairs, sums, next);
+        case 5: return multiply<5>(x, stride, panel, pairs, sums, next);
+        default: return multiply<6>(x, stride, panel, pairs, sums, next);
+    }
+}
+
+// sums [rows][64] = x [rows][K] times a panel. The rows are taken in groups of equal size; every other group fetches the other half.
+inline void multiply_panel(const bf16* x, int64_t K, int64_t stride, const bf16* panel, int64_t rows, int64_t depth, float* sums) {
+    const int64_t pairs = K / 2, groups = (rows + ROWS - 1) / ROWS;
+    for (int64_t i = 0; i < rows * WIDTH; i++) sums[i] = 0;
+    for (int64_t pair = 0; pair < pairs; pair += depth) {
+        const int64_t part = std::min(depth, pairs - pair);
+        const bf16* from = panel + pair * 2 * WIDTH;
+        for (int64_t group = 0; group < groups; group++) {
+            const int64_t top = rows * group / groups, bottom = rows * (group + 1) / groups;
+            const bf16* next = from + AHEAD + group % 2 * part * WIDTH;
+            multiply(bottom - top, x + top * stride + 2 * pair, stride, from, part, sums + top * WIDTH, next);
+        }
     }
 }
 
 EXPORT void autodeploy_linear(const bf16* x, int64_t stride, const bf16* packed, const bf16* bias, bf16* out, int64_t M, int64_t N,
                               int64_t K, int64_t threads) {
-    const int64_t pairs = K / 2, panels = (N + WIDTH - 1) / WIDTH, blocks = (M + BLOCK - 1) / BLOCK;
-    const int64_t depth = M <= ROWS ? pairs : DEPTH;
+    const int64_t panels = (N + WIDTH - 1) / WIDTH, blocks = (M + BLOCK - 1) / BLOCK;
+    const int64_t depth = M <= ROWS ? K / 2 : blocks == 1 ? NEAR : FAR;
     parallel(threads, panels * blocks, [&](int64_t first, int64_t last) {
         alignas(64) float sums[BLOCK * WIDTH];
         for (int64_t task = first; task < last; task++) {
-            const int64_t panel = task % panels, top = task / panels * BLOCK, rows = std::min<int64_t>(BLOCK, M - top);
-            const bf16* weights = packed + panel * pairs * 2 * WIDTH;
-            for (int64_t i = 0; i < rows * WIDTH; i++) sums[i] = 0;
-            for (int64_t pair = 0; pair < pairs; pair += depth)
-                for (int64_t m = 0; m < rows; m += ROWS)
-                    multiply(std::min<int64_t>(ROWS, rows - m), x + (top + m) * stride + 2 * pair, stride,
-                             weights + pair * 2 * WIDTH, std::min(depth, pairs - pair), sums + m * WIDTH);
+            const int64_t panel = task % panels, block = task / panels;
+            const int64_t top = M * block / blocks, rows = M * (block + 1) / blocks - top;
+            multiply_panel(x + top * stride, K, stride, packed + panel * K * WIDTH, rows, depth, sums);
             const int64_t width = std::min<int64_t>(WIDTH, N - panel * WIDTH);
             for (int64_t m = 0; m < rows; m++) {
                 float* row = sums + m * WIDTH;
