@@ -36,6 +36,11 @@ class Engine:
         """Whether the checkpoint is converted first."""
         return self.name in (LLAMACPP, "openvino")
 
+    @property
+    def compiles(self) -> bool:
+        """Whether later starts are faster than the first."""
+        return self.name in (OURS, "vllm")
+
 
 def variable(name: str) -> str:
     """The environment variable that says where a peer is."""

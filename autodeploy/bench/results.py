@@ -42,6 +42,8 @@ class EngineResult:
     load_seconds: float | None = None
     first_token_seconds: float | None = None
     """From the start of its process."""
+    first_start_seconds: float | None = None
+    """The same of an engine that compiles and keeps what it compiled, before there was any."""
     is_noisy_start: bool = False
     peak_anon_bytes: int = 0
     error: str = ""
@@ -65,7 +67,7 @@ class EngineResult:
         return any(run.is_noisy for run in self.runs.get(cell, ()))
 
     def as_json(self) -> dict[str, Any]:
-        fields = ("name", "versions", "load_seconds", "first_token_seconds", "peak_anon_bytes", "error")
+        fields = ("name", "versions", "load_seconds", "first_token_seconds", "first_start_seconds", "peak_anon_bytes", "error")
         return {**{name: getattr(self, name) for name in fields}, "cells": [self._cell(cell) for cell in self.runs]}
 
     def _cell(self, cell: Cell) -> dict[str, Any]:

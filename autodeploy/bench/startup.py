@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import statistics
+import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from autodeploy.bench.measure import Task, noise, threads_of
+from autodeploy.bench.measure import CACHE, Task, noise, threads_of
 from autodeploy.bench.metrics import RequestTimes
 from autodeploy.bench.peers import OURS
 from autodeploy.bench.watch import QUIET, Watch
@@ -27,19 +29,21 @@ class Start:
 
 
 def measure_starts(task: Task, vocab_size: int) -> list[Start]:
-    """A new process each time; the checkpoint is in the page cache from the second on."""
+    """A new process each time: one that finds nothing in the cache and builds kernels and program, then as many as are asked for."""
     starts = []
-    for repeat in range(task.repeats):
-        task.say(f"start {repeat + 1} of {task.repeats}")
-        starts.append(_start(task, vocab_size))
-        if starts[-1].foreign_cores > QUIET:
-            task.warn(noise(f"start {repeat + 1}", starts[-1].foreign_cores))
+    with tempfile.TemporaryDirectory(prefix="autodeploy-bench-") as cache:
+        for repeat in range(1 + task.repeats):
+            what = f"start {repeat} of {task.repeats}" if repeat else "the first start"
+            task.say(what)
+            starts.append(_start(task, vocab_size, cache))
+            if starts[-1].foreign_cores > QUIET:
+                task.warn(noise(what, starts[-1].foreign_cores))
     return starts
 
 
-def _start(task: Task, vocab_size: int) -> Start:
+def _start(task: Task, vocab_size: int, cache: str) -> Start:
     cell = task.cells[0]
-    with Worker(OURS, environment=threads_of(task)) as worker:
+    with Worker(OURS, environment=threads_of(task) | {CACHE: cache}) as worker:
         with Watch(worker.pid) as watch:
             loaded = worker.ask("load", model=task.model, threads=task.threads, options=task.llm_options)
             answer = worker.ask("run", prompts=cell.prompts(vocab_size, 0), output_len=1, concurrency=1)
@@ -61,14 +65,18 @@ def seconds_of(started: float, loaded: dict[str, Any], phases: dict[str, float],
     return {**seconds, REST: total - sum(seconds.values()), TOTAL: total}
 
 
-def medians(starts: list[Start]) -> Start:
+def medians(starts: Sequence[Start]) -> Start:
     """Of each phase by itself; memory is the most of all starts, noise too."""
     return Start(
-        {name: statistics.median(start.seconds[name] for start in starts) for name in starts[0].seconds},
-        {name: statistics.median(start.cpu_seconds[name] for start in starts) for name in starts[0].cpu_seconds},
+        _medians([start.seconds for start in starts]),
+        _medians([start.cpu_seconds for start in starts]),
         max(start.foreign_cores for start in starts),
         max(start.peak_anon_bytes for start in starts),
     )
+
+
+def _medians(figures: Sequence[dict[str, float]]) -> dict[str, float]:
+    return {name: statistics.median(each[name] for each in figures) for name in figures[0]}
 
 
 def cells_for(input_len: int) -> list[Cell]:

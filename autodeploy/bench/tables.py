@@ -46,15 +46,21 @@ def latency_table(results: Results) -> Table:
     return table
 
 
-def startup_table(start: Start) -> Table:
-    table = Table("phase", title="start-up, median of each phase")
-    star = "*" if start.foreign_cores > QUIET else ""
-    for name in ("seconds", "CPU seconds"):
+def startup_table(first: Start, later: Start) -> Table:
+    """first: with an empty cache. later: medians of the starts after it."""
+    table = Table("phase", title="start-up; medians of the starts with a cached program")
+    for name in ("first: s", "CPU s", "cached: s", "CPU s"):
         table.add_column(name, justify="right")
-    for name, seconds in start.seconds.items():
-        cpu = f"{start.cpu_seconds[name]:.2f}" if name in start.cpu_seconds else NONE
-        table.add_row(name, f"{seconds:.2f}{star}", cpu)
+    for name in dict.fromkeys([*first.seconds, *later.seconds]):
+        table.add_row(name, *(text for start in (first, later) for text in _seconds(start, name)))
     return table
+
+
+def _seconds(start: Start, phase: str) -> tuple[str, str]:
+    """Wall and CPU."""
+    star = "*" if start.foreign_cores > QUIET else ""
+    wall, cpu = (f"{found[phase]:.2f}" if phase in found else NONE for found in (start.seconds, start.cpu_seconds))
+    return (wall + star if wall != NONE else NONE), cpu
 
 
 def growth_table(points: Sequence[Point]) -> Table:
@@ -95,6 +101,8 @@ def compare_table(results: Results) -> Table:
         table.add_row(_heading(results, kind, cell), *rates, *ratio, number(results.ceiling(kind, cell)))
     table.add_section()
     table.add_row("process start to first token, s", *map(_first_token, results.engines))
+    if any(engine.first_start_seconds for engine in results.engines):
+        table.add_row("the same, the first time, s", *(number(engine.first_start_seconds) for engine in results.engines))
     table.add_row("peak RssAnon", *(num_bytes(engine.peak_anon_bytes) for engine in results.engines))
     return table
 
