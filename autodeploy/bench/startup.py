@@ -29,7 +29,7 @@ class Start:
 
 
 def measure_starts(task: Task, vocab_size: int) -> list[Start]:
-    """A new process each time: one that finds nothing in the cache and builds kernels and program, then as many as are asked for."""
+    """A new process each time: one with an empty cache, which builds kernels and program, then as many as are asked for."""
     starts = []
     with tempfile.TemporaryDirectory(prefix="autodeploy-bench-") as cache:
         for repeat in range(1 + task.repeats):

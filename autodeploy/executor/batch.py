@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
+from operator import attrgetter
 
 import numpy as np
 
@@ -14,7 +17,7 @@ MIN_PAGES = 8
 """Columns of the narrowest page table; wider ones are powers of two."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class WantedRows:
     """Rows [start, stop) of the step's logits belong to this entry; the last one is sampled from if the entry samples."""
 
@@ -45,18 +48,19 @@ class BatchBuilder:
     def build(self, batch: ScheduledBatch) -> tuple[BatchMetadata, list[WantedRows]]:
         """The step's arrays, and which rows of its logits belong to whom."""
         entries = batch.requests
-        num_pages = max((pool.num_pages_for(entry.stop) for _, pool in self.pools for entry in entries), default=1)
-        num_pages = max(MIN_PAGES, 1 << (num_pages - 1).bit_length())  # few different shapes
-        self._ensure_room(batch.num_tokens, len(entries), num_pages)
-        rows: list[WantedRows] = []
-        first = 0
-        for i, entry in enumerate(entries):
-            last = first + entry.num_tokens
-            self._fill(i, entry, slice(first, last))
-            self.cu_seqlens_q[i + 1], self.seq_lens[i] = last, entry.stop
-            self._want(entry, first, last, rows)
-            first = last
-        return self._views(first, len(entries), num_pages, rows[-1].stop if rows else 0), rows
+        num_requests, num_tokens = len(entries), batch.num_tokens
+        starts, counts = (_column(entries, name) for name in ("start", "num_tokens"))
+        longest = int((starts + counts).max())
+        num_pages = max([MIN_PAGES, *(pool.num_pages_for(longest) for _, pool in self.pools)])
+        num_pages = 1 << (num_pages - 1).bit_length()  # few different shapes
+        self._ensure_room(num_tokens, num_requests, num_pages)
+        np.cumsum(counts, out=self.cu_seqlens_q[1 : num_requests + 1])
+        np.add(starts, counts, out=self.seq_lens[:num_requests])
+        owners = np.repeat(np.arange(num_requests), counts)  # of each token, the number of its entry
+        self._fill_tokens(entries, starts, owners)
+        self._fill_pages(entries, num_pages, owners)
+        rows = self._wanted(entries)
+        return self._views(num_tokens, num_requests, num_pages, rows[-1].stop if rows else 0), rows
 
     def _ensure_room(self, num_tokens: int, num_requests: int, num_pages: int) -> None:
         have = (self.tokens.shape[2], *self.page_table.shape[1:])
@@ -64,26 +68,37 @@ class BatchBuilder:
         if any(n > h for n, h in zip(need, have, strict=True)):
             self._reserve(*(max(2 * n if n > h else h, h) for n, h in zip(need, have, strict=True)))
 
-    def _fill(self, i: int, entry: ScheduledRequest, where: slice) -> None:
-        request, (input_ids, positions, rope_len) = entry.request, self.tokens[:, 0, where]
-        input_ids[:] = request.token_ids(entry.start, entry.stop)
-        positions[:] = np.arange(entry.start, entry.stop)
-        np.maximum(positions + 1, request.rope_base, out=rope_len)
-        for (_, pool), table, slots in zip(self.pools, self.page_table, self.slot_mapping, strict=True):
-            pages, row, slots = pool.page_table(request.request_id)[: pool.num_pages_for(entry.stop)], table[i], slots[where]
-            row[: len(pages)] = pages
-            row[len(pages) :] = SCRATCH_PAGE
-            np.multiply(row[positions // pool.page_size], pool.page_size, out=slots)
-            slots += positions % pool.page_size
-        if self.kv.states is not None:
-            self.state_slots[i] = self.kv.states.slot(request.request_id)
+    def _fill_tokens(self, entries: Sequence[ScheduledRequest], starts: np.ndarray, owners: np.ndarray) -> None:
+        input_ids, positions, rope_len = self.tokens[:, 0, : len(owners)]
+        tokens = chain.from_iterable([entry.request.token_ids(entry.start, entry.stop) for entry in entries])
+        input_ids[:] = np.fromiter(tokens, np.int64, len(owners))
+        np.add(np.arange(len(owners)), (starts - self.cu_seqlens_q[: len(entries)])[owners], out=positions)
+        bases = _column(entries, "request.rope_base")
+        np.maximum(positions + 1, bases[owners], out=rope_len)
 
-    def _want(self, entry: ScheduledRequest, first: int, last: int, rows: list[WantedRows]) -> None:
-        wanted = range(first if entry.request.return_context_logits else last - 1, last)
-        if entry.samples or entry.request.return_context_logits:
-            start = rows[-1].stop if rows else 0
-            rows.append(WantedRows(entry, start, start + len(wanted)))
-            self.logits_indices[start : start + len(wanted)] = wanted
+    def _fill_pages(self, entries: Sequence[ScheduledRequest], num_pages: int, owners: np.ndarray) -> None:
+        ids, positions = [entry.request.request_id for entry in entries], self.tokens[1, 0, : len(owners)]
+        for (_, pool), table, slots in zip(self.pools, self.page_table, self.slot_mapping, strict=True):
+            found = pool.tables[np.fromiter(map(pool.row, ids), np.int64, len(ids)), :num_pages]
+            table[: len(ids), : found.shape[1]] = found
+            table[: len(ids), found.shape[1] : num_pages] = SCRATCH_PAGE
+            page, within = np.divmod(positions, pool.page_size)
+            np.add(table[owners, page] * pool.page_size, within, out=slots[: len(owners)])
+        if self.kv.states is not None:
+            self.state_slots[: len(ids)] = np.fromiter(map(self.kv.states.slot, ids), np.int64, len(ids))
+
+    def _wanted(self, entries: Sequence[ScheduledRequest]) -> list[WantedRows]:
+        """Of each entry that samples its last token, or all of them; `logits_indices` says where they are."""
+        rows: list[WantedRows] = []
+        start = 0
+        for entry, first, last in zip(entries, self.cu_seqlens_q.tolist(), self.cu_seqlens_q[1:].tolist(), strict=False):
+            wants_all = entry.request.return_context_logits
+            if wants_all or entry.samples:
+                stop = start + (last - first if wants_all else 1)
+                self.logits_indices[start:stop] = range(first, last) if wants_all else last - 1
+                rows.append(WantedRows(entry, start, stop))
+                start = stop
+        return rows
 
     def _views(self, num_tokens: int, num_requests: int, num_pages: int, num_rows: int) -> BatchMetadata:
         input_ids, position_ids, rope_len = self.tokens[:, :, :num_tokens]
@@ -102,3 +117,8 @@ class BatchBuilder:
             "state_slots": self.state_slots[:num_requests],
             "logits_indices": self.logits_indices[:num_rows],
         }
+
+
+def _column(entries: Sequence[ScheduledRequest], name: str) -> np.ndarray:
+    """One attribute of all entries."""
+    return np.fromiter(map(attrgetter(name), entries), np.int64, len(entries))

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
 
+import numpy as np
+
 from autodeploy.executor.request import Request
 
 SCRATCH_PAGE = SCRATCH_SLOT = 0  # takes the writes of padding; belongs to no request
@@ -39,6 +41,16 @@ class ResourceManager(Protocol):
         ...
 
 
+@dataclass(slots=True)
+class HeldPages:
+    """What a request holds: row `row` of the page tables, its first `num_pages` entries less the `num_passed` ones given back."""
+
+    row: int
+    num_pages: int = 0
+    num_passed: int = 0
+    """Leading pages that lie behind the window."""
+
+
 class KVCacheManager:
     """Hands out `num_pages` pages of `page_size` tokens each, of which page 0 is kept as scratch.
 
@@ -52,8 +64,10 @@ class KVCacheManager:
         self.page_size = page_size
         self.window, self.max_step = window, max_step
         self._free_pages = list(range(num_pages - 1, SCRATCH_PAGE, -1))
-        self._page_tables: dict[int, list[int]] = {}
-        self._num_passed: dict[int, int] = {}  # leading pages of a request that lie behind its window
+        self.tables = np.full((1, 1), SCRATCH_PAGE, dtype=np.int64)
+        """[rows, pages]: the pages of the request of a row in order of position, scratch where there is none. It grows."""
+        self._free_rows = [0]
+        self._held: dict[int, HeldPages] = {}
 
     @property
     def num_free_pages(self) -> int:
@@ -81,36 +95,59 @@ class KVCacheManager:
         return self.num_pages_held(num_tokens) <= self.num_usable_pages
 
     def page_table(self, request_id: int) -> list[int]:
-        """The request's pages in order of position, scratch for those given back. The list is live: do not change or keep it."""
-        return self._page_tables.get(request_id, [])
+        """The request's pages in order of position, scratch for those given back."""
+        held = self._held.get(request_id)
+        return [] if held is None else self.tables[held.row, : held.num_pages].tolist()
+
+    def row(self, request_id: int) -> int:
+        """The row of `tables` with the pages of a request that has some."""
+        return self._held[request_id].row
 
     def prepare(self, request: Request, num_tokens: int) -> bool:
         """Grow the page table to hold tokens [0, num_computed_tokens + num_tokens); all or nothing."""
-        table = self._page_tables.get(request.request_id, [])
+        held = self._held.get(request.request_id)
+        num_held = 0 if held is None else held.num_pages
         num_tokens = min(num_tokens, self.max_step) if self.window else num_tokens
-        missing = self.num_pages_for(request.num_computed_tokens + num_tokens) - len(table)
+        missing = self.num_pages_for(request.num_computed_tokens + num_tokens) - num_held
         if missing > len(self._free_pages):
             return False
-        for _ in range(missing):
-            table.append(self._free_pages.pop())
-        self._page_tables[request.request_id] = table
+        if held is None:
+            held = self._held[request.request_id] = HeldPages(self._take_row())
+        if missing > 0:
+            held.num_pages += missing
+            self._widen(held.num_pages)
+            self.tables[held.row, num_held : held.num_pages] = [self._free_pages.pop() for _ in range(missing)]
         return True
+
+    def _take_row(self) -> int:
+        if not self._free_rows:
+            num_rows = len(self.tables)
+            self._free_rows = list(range(2 * num_rows - 1, num_rows - 1, -1))
+            self.tables = np.concatenate([self.tables, np.full_like(self.tables, SCRATCH_PAGE)])
+        return self._free_rows.pop()
+
+    def _widen(self, num_pages: int) -> None:
+        while self.tables.shape[1] < num_pages:
+            self.tables = np.concatenate([self.tables, np.full_like(self.tables, SCRATCH_PAGE)], axis=1)
 
     def update(self, request: Request) -> None:
         """Give back the pages that no later query sees."""
-        if not self.window:
+        if not self.window or (held := self._held.get(request.request_id)) is None:
             return
-        table = self._page_tables.get(request.request_id, [])
         passed = max(0, request.num_computed_tokens - self.window + 1) // self.page_size
-        for i in range(self._num_passed.get(request.request_id, 0), passed):
-            self._free_pages.append(table[i])
-            table[i] = SCRATCH_PAGE
-        self._num_passed[request.request_id] = passed
+        self._give_back(held.row, held.num_passed, passed)
+        held.num_passed = max(held.num_passed, passed)
 
     def free(self, request: Request) -> None:
         """Give the request's pages back; no harm when it has none."""
-        table = self._page_tables.pop(request.request_id, [])
-        self._free_pages.extend(table[self._num_passed.pop(request.request_id, 0) :])
+        if (held := self._held.pop(request.request_id, None)) is not None:
+            self._give_back(held.row, held.num_passed, held.num_pages)
+            self._free_rows.append(held.row)
+
+    def _give_back(self, row: int, first: int, last: int) -> None:
+        """Pages [first, last) of a row."""
+        self._free_pages.extend(self.tables[row, first:last].tolist())
+        self.tables[row, first:last] = SCRATCH_PAGE
 
     def check(self) -> None:
         """Audit every page: each usable one is free or owned by one request. Raises AssertionError with the numbers."""
@@ -133,7 +170,7 @@ class KVCacheManager:
         self.check()
 
     def _owned(self) -> dict[int, list[int]]:
-        return {request_id: table[self._num_passed.get(request_id, 0) :] for request_id, table in self._page_tables.items()}
+        return {request_id: self.page_table(request_id)[held.num_passed :] for request_id, held in self._held.items()}
 
 
 class StateManager:

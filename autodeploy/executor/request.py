@@ -64,6 +64,8 @@ class Request:
     num_computed_tokens: int = field(init=False, default=0)
     num_preemptions: int = field(init=False, default=0)
     rope_base: int = field(init=False)
+    stop_ids: frozenset[int] = field(init=False)
+    """Token ids that end the request."""
     suspect_until: int = field(init=False, default=0)
     """After a failed forward pass of several requests: this one runs alone until so many of its tokens are computed."""
     status: RequestStatus = field(init=False, default=RequestStatus.WAITING)
@@ -74,6 +76,8 @@ class Request:
 
     def __post_init__(self) -> None:
         self.rope_base = len(self.prompt_token_ids)
+        given = self.sampling_params.stop_ids
+        self.stop_ids = given if self.sampling_params.ignore_eos else given | self.eos_token_ids
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -101,12 +105,6 @@ class Request:
     @property
     def is_finished(self) -> bool:
         return self.status is RequestStatus.FINISHED
-
-    @property
-    def stop_ids(self) -> frozenset[int]:
-        """Token ids that end the request."""
-        given = self.sampling_params.stop_ids
-        return given if self.sampling_params.ignore_eos else given | self.eos_token_ids
 
     @property
     def may_stop(self) -> bool:

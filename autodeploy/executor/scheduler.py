@@ -12,23 +12,21 @@ from autodeploy.executor.kv_cache import ResourceManager
 from autodeploy.executor.request import FinishReason, Request, RequestStatus
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ScheduledRequest:
     """Tokens [start, stop) of one request, to be computed in one step."""
 
     request: Request
     num_tokens: int
     start: int = field(init=False)
+    stop: int = field(init=False)
     samples: bool = field(init=False)
     """Whether these reach the newest token, so that the step yields the next one."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "start", self.request.num_computed_tokens)
-        object.__setattr__(self, "samples", self.stop == self.request.num_tokens)
-
-    @property
-    def stop(self) -> int:
-        return self.start + self.num_tokens
+        self.start = self.request.num_computed_tokens
+        self.stop = self.start + self.num_tokens
+        self.samples = self.stop == self.request.num_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +99,7 @@ class CapacityScheduler:
 
     def _restart_rope_if_crossed(self, request: Request) -> None:
         """Have the request computed anew when its length first exceeds a rope threshold."""
-        if any(request.rope_base <= threshold < request.num_tokens for threshold in self.rope_thresholds):
+        if self.rope_thresholds and any(request.rope_base <= at < request.num_tokens for at in self.rope_thresholds):
             request.restart_rope()
             self.kv.free(request)
 

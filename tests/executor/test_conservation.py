@@ -250,6 +250,6 @@ def test_the_fake_model_notices_a_foreign_page() -> None:
     engine.add([4, 5, 6], 9)
     engine.step()
     kv = engine.scheduler.kv
-    kv.page_table(1)[0] = kv.page_table(2)[0]
+    kv.tables[kv.row(1), 0] = kv.tables[kv.row(2), 0]
     with pytest.raises(AssertionError):
         engine.step()

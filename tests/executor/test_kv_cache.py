@@ -70,11 +70,11 @@ def test_check_finds_a_page_lost_doubled_or_out_of_range() -> None:
         kv = KVCacheManager(5, 4)
         kv.prepare(make(1), 8)
         if damage == "lost":
-            kv.page_table(1).pop()
+            kv._held[1].num_pages -= 1
         elif damage == "doubled":
-            kv.page_table(1)[0] = kv.page_table(1)[1]
+            kv.tables[kv.row(1), 0] = kv.tables[kv.row(1), 1]
         else:
-            kv.page_table(1)[0] = SCRATCH_PAGE
+            kv.tables[kv.row(1), 0] = SCRATCH_PAGE
         with pytest.raises(AssertionError, match="pages"):
             kv.check()
 
