@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from autodeploy.capture.skeleton import read_config
 from autodeploy.capture.twin import capture_twin
 from autodeploy.checkpoint import CheckpointSource
 from autodeploy.config import LLMArgs
+from autodeploy.custom_ops.cpp import kernels
 from autodeploy.errors import ConfigError
 from autodeploy.executor.model_runner import EagerRunner
 from autodeploy.program import PassRecord, Program, Twin
@@ -34,6 +36,8 @@ def lower(
 
     meta: read nothing but config.json.
     """
+    if target.device == "cpu":
+        threading.Thread(target=kernels, name="kernels", daemon=True).start()  # compilers run while the model is traced
     if meta:
         origin = origin_of_config(Path(args.model), args.dtype)
     else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any, Protocol
@@ -59,10 +59,13 @@ class LiveSource:
         return (self.initial if isinstance(leaf, Initial) else self.tensors)[leaf.name]
 
 
-def materialize(plan: WeightPlan, source: TensorSource, device: str = "cpu") -> Iterator[tuple[str, Tensor]]:
+def materialize(
+    plan: WeightPlan, source: TensorSource, device: str = "cpu", used_up: Collection[str] = ()
+) -> Iterator[tuple[str, Tensor]]:
     """Yield (parameter name, tensor) one at a time: at most one parameter exists beside those already yielded.
 
     A parameter that is a live tensor unchanged *is* that tensor; one that would still point into a mapped file is copied.
+    used_up: names of those that are read at once and not kept, and so need no copy.
     """
     for name, recipe in plan.recipes.items():
         fetched: list[Tensor] = []
@@ -72,7 +75,7 @@ def materialize(plan: WeightPlan, source: TensorSource, device: str = "cpu") -> 
             return fetched[-1]
 
         tensor = _assembled(recipe, fetch) if _has_parts(recipe) else evaluate(recipe, fetch).detach()
-        if source.mapped and any(_storage(tensor) == _storage(leaf) for leaf in fetched):
+        if source.mapped and name not in used_up and any(_storage(tensor) == _storage(leaf) for leaf in fetched):
             tensor = tensor.clone(memory_format=torch.contiguous_format)
         yield name, tensor.to(device)
 
