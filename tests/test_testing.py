@@ -36,7 +36,9 @@ def forgotten() -> Iterator[None]:
             del PROVIDED[provider.function]
 
 
-def check(op: SemanticOp, function: Callable[..., Any], *args: Tensor, supports: Any = lambda *_: [], **options: Any) -> None:
+def check(
+    op: SemanticOp, function: Callable[..., Any], *args: Tensor, supports: Any = lambda target, **_: [], **options: Any
+) -> None:
     provider = ops.Provider("tried", function, supports)
     op.register(provider)
     try:

@@ -104,12 +104,8 @@ def against_attention(
     cu_seqlens_q: Tensor,
     seq_lens: Tensor,
     sinks: Tensor | None,
-    scale: float,
-    window: int,
-    softcap: float,
-    head_dim_v: int,
-    chunk: int = 0,
-    alibi: Tensor | None = None,
+    alibi: Tensor | None,
+    **_: Any,
 ) -> list[str]:
     """The reasons against reading this cache in C++."""
     integers = _against_integers(

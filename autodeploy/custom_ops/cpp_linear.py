@@ -88,13 +88,15 @@ def _panel_expert(panels: Panels, x: Tensor, bias: Tensor | None) -> Tensor:
     return panel_linear(x, panels, bias)
 
 
-def against_panels(target: Any, x: Tensor, weight: Tensor, bias: Tensor | None = None, *_: Any) -> list[str]:
+def against_panels(target: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> list[str]:
     """The reasons against a linear layer in panels."""
-    dtypes = {tensor.dtype for tensor in (x, weight, bias) if tensor is not None}
-    return against_table(target, weight) or (["x, weight and bias are not all bfloat16"] if dtypes != {torch.bfloat16} else [])
+    dtypes = {tensor.dtype for tensor in (input, weight, bias) if tensor is not None}
+    return against_table(target, weight) or (
+        ["input, weight and bias are not all bfloat16"] if dtypes != {torch.bfloat16} else []
+    )
 
 
-def against_table(target: Any, weight: Tensor, *_: Any) -> list[str]:
+def against_table(target: Any, weight: Tensor, **_: Any) -> list[str]:
     """The reasons against a weight in panels."""
     if weight.dtype != torch.bfloat16:
         return [f"it has no {str(weight.dtype).removeprefix('torch.')}"]
@@ -103,12 +105,10 @@ def against_table(target: Any, weight: Tensor, *_: Any) -> list[str]:
     return cpp.against_cpp(target) or (["this CPU has no dot product of bfloat16"] if cpp.isa() != "avx512_bf16" else [])
 
 
-def against_expert_panels(
-    target: Any, x: Tensor, index: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, *_: Any
-) -> list[str]:
+def against_expert_panels(target: Any, x: Tensor, gate_up: Tensor, down: Tensor, **_: Any) -> list[str]:
     """The reasons against experts in panels; transposed or not, both dims of a matrix must be even."""
     odd = any(size % 2 for size in (*gate_up.shape[1:], *down.shape[1:]))
-    return against_panels(target, x, gate_up) or (["a row of a weight has an odd number of values"] if odd else [])
+    return against_panels(target, x, gate_up, None) or (["a row of a weight has an odd number of values"] if odd else [])
 
 
 def _on_huge_pages(num_values: int) -> Tensor:

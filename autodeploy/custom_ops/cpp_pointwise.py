@@ -111,13 +111,13 @@ def _against_layout(*tensors: Tensor) -> list[str]:
     return [] if all(tensor.is_contiguous() for tensor in tensors) else ["its input is not contiguous"]
 
 
-def against_rms_norm(target: Any, x: Tensor, weight: Tensor | None, *_: Any) -> list[str]:
+def against_rms_norm(target: Any, x: Tensor, weight: Tensor | None, **_: Any) -> list[str]:
     in_two_dims = 2 <= x.dim() <= 3 or (x.dim() == 4 and x.shape[0] == 1) or x.is_contiguous()
     reasons = [] if in_two_dims and x.stride(-1) == 1 else ["the rows are not in two dims, or their numbers not neighbours"]
     return _against(target, x, weight) + reasons + _against_vectors(x, weight)
 
 
-def against_add_rms_norm(target: Any, x: Tensor, residual: Tensor, weight: Tensor | None, *_: Any) -> list[str]:
+def against_add_rms_norm(target: Any, x: Tensor, residual: Tensor, weight: Tensor | None, **_: Any) -> list[str]:
     return _against(target, x, residual, weight) + _against_layout(x, residual) + _against_vectors(x, weight)
 
 

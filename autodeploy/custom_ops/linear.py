@@ -36,12 +36,12 @@ def pack(weight: Tensor, call: Mapping[str, Any] | None = None) -> Any:
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), None)
 
 
-def against_packing(target: Any, x: Tensor, weight: Tensor, bias: Tensor | None = None, *_: Any) -> list[str]:
+def against_packing(target: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> list[str]:
     """The reasons against laying out a weight for oneDNN."""
     checks = {
         f"it runs on CPUs, not on {target.device}": target.device != "cpu",
         "this torch has no oneDNN": not torch.backends.mkldnn.is_available(),
-        f"it has no {str(weight.dtype).removeprefix('torch.')}": weight.dtype not in PACKED_DTYPES or x.dtype != weight.dtype,
+        f"it has no {str(weight.dtype).removeprefix('torch.')}": weight.dtype not in PACKED_DTYPES or input.dtype != weight.dtype,
         "the bias has another dtype": bias is not None and bias.dtype != weight.dtype,
         "the weight is too small to gain by it": weight.numel() < MIN_WEIGHT,
     }

@@ -131,8 +131,8 @@ def _packed_expert(packed: Any) -> Expert:
     return lambda x, bias: packed_linear(x, packed, bias)
 
 
-def _against_packing(target: Any, x: Tensor, index: Tensor, weights: Tensor, gate_up: Tensor, *_: Any) -> list[str]:
-    return against_packing(target, x, gate_up)
+def _against_packing(target: Any, x: Tensor, gate_up: Tensor, **_: Any) -> list[str]:
+    return against_packing(target, x, gate_up, None)
 
 
 moe.register(Provider("onednn", packed_moe, _against_packing, {"gate_up": pack_experts, "down": pack_experts}))

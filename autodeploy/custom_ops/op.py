@@ -26,12 +26,12 @@ PROVIDED: dict[Any, tuple[SemanticOp, Provider]] = {}
 class Provider:
     """One implementation of a semantic op.
 
-    `supports(target, *args, **kwargs)` gets the call's arguments as fake tensors and lists the reasons against; empty is yes.
+    `supports(target, **arguments)` gets the call's arguments by name, tensors as fake ones, and lists the reasons against.
     """
 
     name: str
     function: Callable[..., Any]
-    supports: Callable[..., list[str]] = field(default=lambda *_, **__: [])
+    supports: Callable[..., list[str]] = field(default=lambda target, **_: [])
     packs: Mapping[str, Callable[[Tensor, Mapping[str, Any]], Any]] = field(default_factory=dict)
     """Arguments that must be parameters, and what lays each out once, while loading: (parameter, the call's arguments by name)
     -> what `function` is given in its place."""
@@ -80,7 +80,7 @@ class SemanticOp:
         """What speaks against the call; an error in `supports` is the provider's, not that of the pass that asks."""
         blamed = f"provider '{provider.name}' of op {self.name}: supports()"
         try:
-            reasons: Any = provider.supports(target, *args, **kwargs)
+            reasons: Any = provider.supports(target, **call_arguments(self.overload, args, kwargs))
         except Exception as error:
             first = (str(error).splitlines() or ["no reason given"])[0]
             raise TransformError(f"{blamed} raised {type(error).__name__}: {first}") from error

@@ -28,7 +28,7 @@ def picky_norm(x: Tensor, weight: Tensor | None, eps: float, offset: float, weig
     return ops.rms_norm.reference(x, weight, eps, offset, weight_in_float)
 
 
-def against_picky(target: Any, x: Tensor, weight: Tensor | None, eps: float, *rest: Any) -> list[str]:
+def against_picky(target: Any, x: Tensor, weight: Tensor | None, eps: float, **rest: Any) -> list[str]:
     return [] if eps == 0.5 else [f"eps is {eps}", "it is picky [really]"]
 
 
