@@ -13,7 +13,6 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping
 from typing import Any
 
 LIMITS = {"llama-3.1-8b": 20.0, "gpt-oss-20b": 20.0, "qwen3-30b-a3b": 30.0, "qwen3-next-80b": 45.0, "deepseek-v3": 60.0}
@@ -106,19 +105,18 @@ def measure(name: str) -> dict[str, Any]:
         "total": round(done - start, 1),
         "nodes": program.op_counts().total(),
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "ops": count_ops(program.op_counts()),
+        "ops": count_ops(program),
         "pass_seconds": {record.name: round(record.seconds, 2) for record in program.history},
     }
 
 
-def count_ops(counts: Mapping[str, int]) -> dict[str, int]:
-    """Calls of attention, expert and recurrent ops by the names of `COUNTS`."""
-    wanted = {op for ops in COUNTS.values() for op in ops}
-    found: Counter[str] = Counter()
-    for name, count in counts.items():
-        function = name.rpartition(".")[2]
-        found[function.removeprefix("packed_").removeprefix("paged_").removesuffix("_cached")] += count
-    return {op: found[op] for op in sorted(wanted) if found[op]}
+def count_ops(program: Any) -> dict[str, int]:
+    """Calls of attention, expert and recurrent ops, whichever provider was chosen, by the names of `COUNTS`."""
+    from autodeploy.custom_ops import PROVIDED
+
+    names = [PROVIDED[node.target][0].name for node in program.graph.graph.nodes if node.target in PROVIDED]
+    found = Counter(name.removeprefix("paged_").removesuffix("_cached") for name in names)
+    return {op: found[op] for op in sorted({op for ops in COUNTS.values() for op in ops}) if found[op]}
 
 
 def in_own_process(name: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ import torch.nn.functional as F
 import autodeploy
 from autodeploy import SamplingParams
 from autodeploy.custom_ops.linear import linear_op, pack, packed_linear
+from autodeploy.executor import model_runner
 from autodeploy.specs import Target
+from autodeploy.weights import materialize
 from tests.models.families import make_model
 from tests.models.parity import check_logits
 
@@ -49,6 +52,30 @@ def test_reasons_against_packing() -> None:
     }
     for reason, (provider, reasons) in against.items():
         assert provider.name == "reference" and reason in " ".join(reasons["onednn"]), reason
+
+
+def test_what_is_packed_is_read_straight_from_the_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless it is joined of parts first; what stays as it is has memory of its own."""
+    in_file: dict[str, bool] = {}
+
+    def watched(*args: Any, **options: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in materialize(*args, **options):
+            in_file[name] = is_mapped(tensor, folder / "model.safetensors")
+            yield name, tensor
+
+    monkeypatch.setattr(model_runner, "materialize", watched)
+    compiled = autodeploy.compile(folder, pipeline=lambda passes: passes.without("fuse_linears"))
+    packed = {name for name in in_file if any(name.endswith(f"{part}_proj.weight") for part in ("q", "o", "gate", "up", "down"))}
+    assert len(packed) == 10 and {name for name, found in in_file.items() if found} >= packed
+    assert not any(found for name, found in in_file.items() if "norm" in name)
+    compiled.shutdown()
+
+
+def is_mapped(tensor: torch.Tensor, file: Path) -> bool:
+    """Whether a tensor lies in the pages of a file."""
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(str(file))]
+    bounds = [[int(end, 16) for end in line[0].split("-")] for line in lines]
+    return any(low <= tensor.data_ptr() < high for low, high in bounds)
 
 
 def test_a_model_is_packed_when_it_is_loaded_and_computes_the_same(folder: Path) -> None:
