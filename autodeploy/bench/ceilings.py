@@ -17,11 +17,13 @@ class Machine:
     """Others were busy each time this was measured."""
     pages: str = "huge"
     """What was read from; where the system has only small ones, the limit is too low."""
+    looks: tuple[float, ...] = ()
+    """The read rate each time it was measured: a host that serves others too may give less in between."""
 
     def best_with(self, other: Machine) -> Machine:
         """A limit is the best that was seen."""
         rates = max(self.read_rate, other.read_rate), max(self.flop_rate, other.flop_rate)
-        return Machine(*rates, self.is_noisy and other.is_noisy, self.pages)
+        return Machine(*rates, self.is_noisy and other.is_noisy, self.pages, self.looks + other.looks)
 
 
 @dataclass(frozen=True)

@@ -131,7 +131,7 @@ def _limits(task: Task, worker: Worker, dtype: str) -> Machine:
     worker.ask("ready")
     with Watch(worker.pid) as watch:
         found = worker.ask("measure", threads=task.threads, dtype=dtype, seconds=LIMIT_SECONDS)
-    return Machine(found["read_rate"], found["flop_rate"], watch.foreign_cores > QUIET, found["pages"])
+    return Machine(found["read_rate"], found["flop_rate"], watch.foreign_cores > QUIET, found["pages"], (found["read_rate"],))
 
 
 def start(task: Task, engine: Engine, processes: ExitStack, facts: Mapping[str, Any]) -> Started:

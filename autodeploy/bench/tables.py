@@ -151,9 +151,14 @@ def footer(results: Results) -> str:
     """What the figures were measured on and with."""
     here, machine = computer(), results.machine
     star = "*" if machine.is_noisy else ""
+    looks = (
+        f", {min(machine.looks) / 1e9:.1f} to {max(machine.looks) / 1e9:.1f} in {len(machine.looks)} looks"
+        if machine.looks
+        else ""
+    )
     lines = [
         f"{here['cpu']}, {here['cores']} cores, {results.threads} threads; "
-        f"measured: reads {machine.read_rate / 1e9:.1f}{star} GB/s ({machine.pages} pages), "
+        f"measured: reads {machine.read_rate / 1e9:.1f}{star} GB/s ({machine.pages} pages{looks}), "
         f"multiplies {machine.flop_rate / 1e9:,.0f}{star} GFLOP/s",
         f"weights {num_bytes(results.weight_bytes)}, read in a step {num_bytes(results.size.weight_bytes)}; KV pool "
         f"{num_bytes(results.pool_bytes)}; autodeploy's peak RssAnon {num_bytes(results.ours.peak_anon_bytes)}",
