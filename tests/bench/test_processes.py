@@ -117,12 +117,12 @@ def test_the_read_rate_is_that_of_huge_pages_where_there_are_any() -> None:
         assert worker.ask("read_rate", seconds=0.01)["pages"] == ("huge" if has_them else "small")
 
 
-def test_a_step_besides_the_model_costs_more_for_more_requests() -> None:
+def test_64_requests_cost_more_than_one_but_not_eight_times_as_much() -> None:
     measure = runpy.run_path(str(WORKERS / "worker_scheduling.py"))["measure"]
     one, many = (measure(num_requests, 40, 30)["seconds"] for num_requests in (1, 64))
     for costs in (one, many):
         assert min(costs.values()) > 0 and costs["schedule"] + costs["build"] + costs["finish"] == pytest.approx(costs["whole"])
-    assert many["whole"] > 3 * one["whole"]
+    assert one["whole"] < many["whole"] < 8 * one["whole"]
 
 
 def test_lists_with_an_entry_per_layer_follow_the_number_of_layers() -> None:
