@@ -37,7 +37,9 @@ DEMO_MODEL = Path(__file__).parent / "demo_model"
 Model = Annotated[str, typer.Argument(help="A checkpoint folder.")]
 Backend = Annotated[str, typer.Option(help="autodeploy, or pytorch for the eager reference.")]
 Dtype = Annotated[str, typer.Option(help="Element type of weights and activations; auto is the checkpoint's.")]
-Plugins = Annotated[list[str] | None, typer.Option("--plugin", help="A plugin to apply; may be given several times.")]
+Plugins = Annotated[
+    list[str] | None, typer.Option("--plugin", help="An installed plugin, or module:function; may be given several times.")
+]
 PipelineFile = Annotated[Path | None, typer.Option("--pipeline", help="A YAML file of edits: plugins, without, configure.")]
 Settings = Annotated[list[str] | None, typer.Option("--set", help="pass.option=value; may be given several times.")]
 CacheFolder = Annotated[Path | None, typer.Option("--folder", help="The folder of programs; absent, that of this user.")]

@@ -135,7 +135,10 @@ def _entry_point(name: str) -> EntryPoint:
     if not found:
         names = sorted({point.name for point in points})
         installed = ", ".join(names) or "none"
-        raise ConfigError(f"no plugin named '{name}' is installed.{did_you_mean(name, names)} Installed: {installed}")
+        raise ConfigError(
+            f"no plugin named '{name}' is installed.{did_you_mean(name, names)} Installed: {installed}. "
+            "One that is not installed is named as module:attribute."
+        )
     return next(iter(found.values()))
 
 
