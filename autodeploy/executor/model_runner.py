@@ -58,7 +58,7 @@ class ModelRunner:
             torch.set_num_threads(cores)  # torch counts those of the machine, not of the container
         tensors: dict[str, Tensor] = {}
         uses = parameter_uses(program)
-        packed = [name for name, use in uses.items() if not use.dense]
+        packed = {name for name, use in uses.items() if not use.dense}
         for name, tensor in materialize(program.weights, source, device, used_up=packed):
             planned = program.parameter(name)
             assert (tensor.shape, tensor.dtype) == (planned.shape, planned.dtype), (
