@@ -91,6 +91,7 @@ class Pipeline:
             program.history.append(record)
             for observe in observers:
                 observe(program, record)
+        program.graph.recompile()
         return program
 
 
@@ -121,7 +122,6 @@ def _run_pass(item: Transform, program: Program, target: Target, checks: Checks,
         if isinstance(error, AutoDeployError):
             raise
         raise _explained(error, item, program, _reproducer(program, remaining, target, checks, error)) from error
-    program.graph.recompile()
     return PassRecord(item.name, rewrites, time.perf_counter() - started, _delta(before, program.op_counts()))
 
 

@@ -90,14 +90,19 @@ def _is_write(node: Any) -> bool:
 
 
 def _check_values(before: Snapshot, program: Program) -> None:
-    """Derive anew the value of every call that is new or reads something of another kind than before; all must agree."""
+    """Derive anew the value of every call that is new or reads something of another kind than before; all must agree.
+
+    The calls of a layer are those of the next one: equal calls on values of the same kind are derived once.
+    """
+    values = dict[Any, Any]()
     records = {record.node: record for record in before.nodes}
     names = {size.node.expr: name for name, size in symbols(program).items()}
     for node in program.graph.graph.nodes:
         if node.op != "call_function" or _reads_the_same(node, records.get(node), records):
             continue
+        call = (node.target, _seen(node.args), _seen(tuple(node.kwargs.items())))
         try:
-            derived = derived_value(program, node)
+            derived = values[call] if call in values else derived_value(program, node)
         except Exception as error:
             reason = f"{op_name(node.target)} cannot take its arguments: {str(error).splitlines()[0]}"
             raise VerificationError(reason, node.name) from error
@@ -106,7 +111,7 @@ def _check_values(before: Snapshot, program: Program) -> None:
         if describe(node.meta["val"], names) != describe(derived, names):
             reason = f"its value is noted as {describe(node.meta['val'], names)}, but it gives {describe(derived, names)}"
             raise VerificationError(reason, node.name)
-        node.meta["val"] = derived  # the layout may have changed, and then its readers are looked at too
+        values[call] = node.meta["val"] = derived  # the layout may have changed, and then its readers are looked at too
 
 
 def _mixed_dtypes(node: fx.Node) -> str:
@@ -124,6 +129,13 @@ def _reads_the_same(node: fx.Node, record: NodeRecord | None, records: dict[fx.N
     then = fx.map_arg((record.args, record.kwargs), lambda arg: _kind(records[arg].meta["val"]))  # pyright: ignore
     now = fx.map_arg((node.args, node.kwargs), lambda arg: _kind(arg.meta["val"]))  # pyright: ignore
     return then == now
+
+
+def _seen(argument: Any) -> Any:
+    """What a call sees of an argument, to find an equal call by: kinds of nodes; constants as text, so that 1 is not 1.0."""
+    if isinstance(argument, fx.Node):
+        return _kind(argument.meta["val"])
+    return tuple(map(_seen, argument)) if isinstance(argument, list | tuple) else repr(argument)
 
 
 def _kind(value: Any) -> Any:
