@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from autodeploy.custom_ops.op import semantic_op
+from autodeploy.custom_ops.pointwise import rms_norm, rope
 
 QUERY_BLOCK = 128
 """Query rows per score matrix; the later blocks of a long prompt see more keys than the earlier ones."""
@@ -53,6 +54,32 @@ def kv_append(k: Tensor, v: Tensor | None, cache: Tensor, slot_mapping: Tensor) 
     slots[:, :, :head_dim_k].index_copy_(0, slot_mapping, k[0].transpose(0, 1))
     if v is not None:
         slots[:, :, head_dim_k:].index_copy_(0, slot_mapping, v[0].transpose(0, 1))
+
+
+@semantic_op(mutates=["cache"], fake=lambda q, *_: torch.empty_like(q))
+def rope_append(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cache: Tensor,
+    slot_mapping: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    interleaved: bool,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    eps: float = -1.0,
+    offset: float = 0.0,
+    weight_in_float: bool = False,
+) -> Tensor:
+    """`rope` of queries [1, H, T, D] and keys [1, Hkv, T, D], and `kv_append` of the latter; gives the queries.
+
+    With an eps of 0 and more, both are first normed over D (`rms_norm`, each with its weight [D] or None).
+    """
+    if eps >= 0:
+        q, k = (rms_norm.reference(x, w, eps, offset, weight_in_float) for x, w in ((q, q_weight), (k, k_weight)))
+    kv_append.reference(rope.reference(k, cos, sin, interleaved), v, cache, slot_mapping)
+    return rope.reference(q, cos, sin, interleaved)
 
 
 def _paged_attention_fake(q: Tensor, *args: Any) -> Tensor:

@@ -12,15 +12,18 @@ import hashlib
 import os
 import platform
 import shutil
+import struct
 import subprocess
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from autodeploy.cache_folder import cache_folder
@@ -81,15 +84,27 @@ class Kernel:
     def __call__(self, *args: Any) -> None:
         self.bound(*args)
         if (calls := getattr(_recording, "calls", None)) is not None:
-            calls.append((self.bound, args))
+            calls.append((self, args))
+
+    @cached_property
+    def recorded(self) -> int:
+        """Address of the same function with its arguments in memory, eight bytes each; only `RECORDABLE` ones have it."""
+        return ctypes.cast(getattr(kernels(), f"autodeploy_{self.name}_words"), ctypes.c_void_p).value or 0
+
+    def words(self, args: tuple[Any, ...]) -> list[int]:
+        """The arguments as they lie in memory."""
+        return [
+            int.from_bytes(struct.pack("<f", value), "little") if letter == "f" else int(value or 0)
+            for letter, value in zip(self.signature, args, strict=True)
+        ]
 
 
 _recording = threading.local()
 
 
 @contextmanager
-def record_kernels() -> Iterator[list[tuple[Any, tuple[Any, ...]]]]:
-    """Lists the raw calls of kernels, as (function, arguments), that this thread makes meanwhile.
+def record_kernels() -> Iterator[list[tuple[Kernel, tuple[Any, ...]]]]:
+    """Lists the calls of kernels, as (kernel, arguments), that this thread makes meanwhile.
 
     They may be made again as long as the tensors behind the pointers stay: so a number among the arguments may follow from shapes
     and settings, never from what a tensor holds.
@@ -99,6 +114,27 @@ def record_kernels() -> Iterator[list[tuple[Any, tuple[Any, ...]]]]:
         yield calls
     finally:
         _recording.calls = None
+
+
+_run = Kernel("run", "pll")
+
+
+class KernelCalls:
+    """Calls of kernels that are made again all at once, by one team of threads (kernels/step.cpp)."""
+
+    def __init__(self, calls: Sequence[tuple[Kernel, tuple[Any, ...]]]) -> None:
+        words = [kernel.words(args) for kernel, args in calls]
+        self._words = np.array([word for call in words for word in call], dtype=np.int64)
+        ends = accumulate(map(len, words))
+        places = (self._words.ctypes.data + 8 * (end - len(call)) for end, call in zip(ends, words, strict=True))
+        self._table = np.array(
+            [(kernel.recorded, place) for (kernel, _), place in zip(calls, places, strict=True)], dtype=np.int64
+        )
+        self._arguments = self._table.ctypes.data, len(calls), torch.get_num_threads()
+        self._run = _run.bound
+
+    def __call__(self) -> None:
+        self._run(*self._arguments)
 
 
 def isas() -> list[str]:

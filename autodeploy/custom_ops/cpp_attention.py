@@ -11,12 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autodeploy.custom_ops.attention import kv_append, paged_attention
+from autodeploy.custom_ops.attention import kv_append, paged_attention, rope_append
 from autodeploy.custom_ops.cpp import Kernel, against_cpp
 from autodeploy.custom_ops.op import Provider
 
 DTYPES = (torch.float32, torch.bfloat16)
+MAX_HEAD_DIM = 1024
+"""Of what `rope_append` turns."""
 _append = Kernel("kv_append", "pppp" + "l" * 12)
+_rope_append = Kernel("rope_append", "p" * 10 + "l" * 14 + "ffll")
 _attend = Kernel("paged_attention", "pppppppp" + "l" * 17 + "ff")
 
 
@@ -91,9 +94,81 @@ def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
+def cpp_rope_append(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cache: Tensor,
+    slot_mapping: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    interleaved: bool,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    eps: float = -1.0,
+    offset: float = 0.0,
+    weight_in_float: bool = False,
+) -> Tensor:
+    """As `rope_append`."""
+    out = torch.empty_like(q)
+    _, heads, tokens, width = q.shape
+    _rope_append(
+        q.data_ptr(),
+        k.data_ptr(),
+        v.data_ptr(),
+        cache.data_ptr(),
+        slot_mapping.data_ptr(),
+        cos.data_ptr(),
+        sin.data_ptr(),
+        _pointer(q_weight),
+        _pointer(k_weight),
+        out.data_ptr(),
+        heads,
+        k.shape[1],
+        tokens,
+        width,
+        cache.shape[3] - width,
+        *(stride for x in (q, k, v, out) for stride in x.stride()[1:3]),
+        interleaved,
+        eps,
+        offset,
+        q.element_size(),
+        torch.get_num_threads(),
+    )
+    return out
+
+
 def against_append(target: Any, k: Tensor, v: Tensor | None, cache: Tensor, slot_mapping: Tensor) -> list[str]:
     """The reasons against writing to this cache in C++."""
     return [*_against_cache(cache, k, v), *_against_integers(slot_mapping=(slot_mapping, torch.int64))] or against_cpp(target)
+
+
+def against_rope_append(
+    target: Any,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cache: Tensor,
+    slot_mapping: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    **_: Any,
+) -> list[str]:
+    """The reasons against turning queries and keys and writing to this cache in C++."""
+    checks = {
+        "the numbers of a head are not neighbours": any(x.stride(-1) != 1 for x in (q, k, v)),
+        f"a head has more than {MAX_HEAD_DIM} numbers, or an odd number": q.shape[3] > MAX_HEAD_DIM or q.shape[3] % 2 != 0,
+        "cos or sin is not dense, [1, T, D]": any(
+            not angle.is_contiguous() or angle.shape[-2:] != q.shape[-2:] or any(size != 1 for size in angle.shape[:-2])
+            for angle in (cos, sin)
+        ),
+        "a weight is not one dense vector": any(w is not None and w.shape != q.shape[-1:] for w in (q_weight, k_weight)),
+    }
+    reasons = [reason for reason, holds in checks.items() if holds]
+    reasons += _against_integers(slot_mapping=(slot_mapping, torch.int64))
+    return [*_against_cache(cache, q, k, v, cos, sin, q_weight, k_weight), *reasons] or against_cpp(target)
 
 
 def against_attention(
@@ -137,5 +212,6 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+rope_append.register(Provider("cpp", cpp_rope_append, against_rope_append))
 kv_append.register(Provider("cpp", cpp_kv_append, against_append))
 paged_attention.register(Provider("cpp", cpp_paged_attention, against_attention))

@@ -12,6 +12,8 @@ from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache, partial
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -21,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
 
 from autodeploy.custom_ops import PROVIDED
-from autodeploy.custom_ops.cpp import record_kernels
+from autodeploy.custom_ops.cpp import Kernel, KernelCalls, record_kernels
 
 ALIGNMENT = 64
 ARENA_BYTES = 1 << 30
@@ -33,6 +35,7 @@ ALLOCATES = {
     torch.ops.aten.new_empty.default,
     torch.ops.aten.new_empty_strided.default,
 }
+COPIES = {torch.ops.aten.to.dtype, torch.ops.aten._to_copy.default, torch.ops.aten.clone.default}
 
 Call = tuple[Callable[..., Any], tuple[Any, ...]]
 
@@ -179,7 +182,7 @@ def record(module: fx.GraphModule, inputs: list[np.ndarray], caches: list[Tensor
         elif node.op == "get_attr":
             values[node] = _attribute(module, str(node.target))
         elif node.op == "output":
-            return RecordedStep(mine, calls, values[node.args[0]], kept)
+            return RecordedStep(mine, list(_joined_kernels(calls)), values[node.args[0]], kept)
         else:
             args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)  # pyright: ignore
             if any(source in changing for source in node.all_input_nodes):
@@ -196,17 +199,44 @@ def record(module: fx.GraphModule, inputs: list[np.ndarray], caches: list[Tensor
     raise AssertionError("a graph ends with its output")
 
 
+def _joined_kernels(calls: list[Call]) -> Iterator[Call]:
+    """Kernels in a row become one call."""
+    for are_kernels, group in groupby(calls, lambda call: isinstance(call[0], Kernel)):
+        if are_kernels:
+            yield KernelCalls(list(group)), ()  # pyright: ignore[reportArgumentType]
+        else:
+            yield from group
+
+
 def _record_call(function: Any, args: Any, kwargs: Any, arena: Arena) -> tuple[Any, list[Call]]:
     """The value of a call, in its place, and how to make it again."""
     with record_kernels() as kernels, _Watch(arena) as watch:
         value = function(*args, **kwargs)
     if kernels and not watch.did_more:
-        return value, kernels
+        return value, list[Call](kernels)
     writes = _writes(function)
     if not writes and _is_view(value, (args, kwargs)) and (not watch.did_more or isinstance(function, torch._ops.OpOverload)):
         return value, []
     places = tree_map_only(Tensor, lambda tensor: _placed(tensor, arena), value)
+    if function in COPIES:
+        return places, [(places.copy_, (args[0],))]
+    if isinstance(places, Tensor) and (into := _writing_variant(function)) is not None:
+        return places, [(partial(into, *args, **kwargs, out=places), ())]
     return places, [(_call_and_copy, (_tensors(places), function, args, kwargs))]
+
+
+@cache
+def _writing_variant(function: Any) -> Any:
+    """The overload of an aten op that takes the same arguments, and where to write the result; None where there is none."""
+    if not isinstance(function, torch._ops.OpOverload):
+        return None
+    given = [(argument.name, str(argument.type)) for argument in function._schema.arguments]
+    for name in function.overloadpacket.overloads():
+        other = getattr(function.overloadpacket, name)
+        taken = [(argument.name, str(argument.type)) for argument in other._schema.arguments]
+        if taken == [*given, ("out", "Tensor")]:
+            return other
+    return None
 
 
 def _placed(tensor: Tensor, arena: Arena) -> Tensor:

@@ -22,7 +22,7 @@ KINDS = {
     "linear": "linear mm bmm addmm matmul conv1d embedding",
     "attention": "attention paged_attention kv_append",
     "norm": "rms_norm add_rms_norm layer_norm",
-    "rope": "rope",
+    "rope": "rope rope_append",
     "activation": "gated_activation silu gelu relu sigmoid tanh",
     "movement": "view reshape transpose permute slice cat stack unsqueeze squeeze expand split split_with_sizes getitem select "
     "flatten unflatten contiguous clone index_select to type_as _to_copy alias unbind chunk",

@@ -7,6 +7,7 @@ from autodeploy.transforms.absorb_latent import AbsorbLatent
 from autodeploy.transforms.cleanup import Cleanup
 from autodeploy.transforms.fuse_add_norm import FuseAddNorm
 from autodeploy.transforms.fuse_linears import FuseLinears
+from autodeploy.transforms.fuse_rope_append import FuseRopeAppend
 from autodeploy.transforms.gather_logits import GatherLogits
 from autodeploy.transforms.insert_paged_attention import InsertPagedAttention
 from autodeploy.transforms.insert_states import InsertStates
@@ -38,6 +39,7 @@ def default_pipeline(target: Target | None = None) -> Pipeline:
             InsertPagedAttention(),
             InsertStates(),
             GatherLogits(),
+            FuseRopeAppend(),
             SelectKernels(),
         )
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import reduce
 from typing import Any
 
@@ -23,9 +24,12 @@ ONE_DTYPE = {
     ops.add_rms_norm.overload: 2,
     ops.attention.overload: 3,
     ops.kv_append.overload: 3,
+    ops.rope_append.overload: 4,
     ops.paged_attention.overload: 2,
 }
 """Ops whose first arguments must share a dtype, which deriving their value does not notice."""
+TURNED = {ops.rope.overload: (0, 1, 2), ops.rope_append.overload: (0, 5, 6)}
+"""Ops that turn something by cos and sin, which must not widen it."""
 
 
 class VerificationError(Exception):
@@ -62,7 +66,12 @@ def _forbidden(program: Program) -> set[Any]:
     """Semantic ops over caches before the graph is lowered; then those that the caches of each kind have replaced."""
     recurrent = list(RECURRENT_OPS.values())
     if program.level is not Level.LOWERED:
-        return {ops.kv_append.overload, ops.paged_attention.overload, *(op.cached.overload for op in recurrent)}
+        return {
+            ops.kv_append.overload,
+            ops.rope_append.overload,
+            ops.paged_attention.overload,
+            *(op.cached.overload for op in recurrent),
+        }
     kinds = {spec.pool == STATES for spec in program.caches.values()}
     replaced = {ops.attention.overload} if False in kinds else set()
     return replaced | ({op.whole.overload for op in recurrent} if True in kinds else set())
@@ -115,11 +124,16 @@ def _check_values(before: Snapshot, program: Program) -> None:
 
 
 def _mixed_dtypes(node: fx.Node) -> str:
-    """Dtypes that a call may not read together; for rope, those that would widen its first argument."""
-    first = node.args[: ONE_DTYPE.get(node.target, 3 if node.target is ops.rope.overload else 0)]
-    dtypes = [arg.meta["val"].dtype for arg in first if isinstance(arg, fx.Node)]
-    fine = len(set(dtypes)) < 2 or (node.target is ops.rope.overload and reduce(torch.promote_types, dtypes) == dtypes[0])
-    return "" if fine else " and ".join(sorted({str(dtype) for dtype in dtypes}))
+    """Dtypes that a call may not read together."""
+    same = _dtypes(node.args[: ONE_DTYPE.get(node.target, 0)])
+    turned = _dtypes(node.args[i] for i in TURNED.get(node.target, ()))
+    is_wider = bool(turned) and reduce(torch.promote_types, turned) != turned[0]
+    wrong = same if len(set(same)) > 1 else turned if is_wider else []
+    return " and ".join(sorted({str(dtype) for dtype in wrong}))
+
+
+def _dtypes(arguments: Iterable[Any]) -> list[torch.dtype]:
+    return [arg.meta["val"].dtype for arg in arguments if isinstance(arg, fx.Node)]
 
 
 def _reads_the_same(node: fx.Node, record: NodeRecord | None, records: dict[fx.Node, NodeRecord]) -> bool:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from autodeploy.custom_ops import kv_append, paged_attention
+from autodeploy.custom_ops import cpp_attention, cpp_pointwise, kv_append, paged_attention, rope_append
 from autodeploy.custom_ops.attention import Visible
 from autodeploy.custom_ops.cpp import isas, kernels, record_kernels
 from autodeploy.specs import Target
@@ -168,6 +168,31 @@ def test_a_call_made_again_reads_the_lengths_and_pages_of_its_own_step() -> None
     for kernel, arguments in calls:
         kernel(*arguments)
     assert torch.equal(out, run(*other.arguments()))
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 200])
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("norm", [(), (1e-6, 0.0, False), (1e-5, 1.0, True)], ids=["plain", "normed", "offset"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_turning_and_appending_at_once_gives_the_bits_of_one_after_the_other(
+    dtype: torch.dtype, norm: tuple[Any, ...], interleaved: bool, tokens: int
+) -> None:
+    torch.manual_seed(0)
+    q, k, v = torch.randn(1, tokens, 16, 40).to(dtype).transpose(1, 2).split([8, 4, 4], 1)
+    v = v[..., :33]
+    cos, sin = (torch.randn(1, 1, tokens, 40).to(dtype) for _ in range(2))
+    weights = [torch.randn(40).to(dtype), None] if norm else []
+    ours = torch.full((64, 4, 4, 73), float("nan"), dtype=dtype)
+    expected, slots = ours.clone(), torch.randperm(256)[:tokens]
+    arguments = (cos, sin, interleaved, *weights, *norm)
+    provider, against = rope_append.choose(Target("cpu"), q, k, v, ours, slots, *arguments)
+    assert provider.name == "cpp", against
+    turned = provider.function(q, k, v, ours, slots, *arguments)
+    if norm:
+        q, k = (cpp_pointwise.rms_norm(x, weight, *norm) for x, weight in zip((q, k), weights, strict=True))
+    cpp_attention.cpp_kv_append(cpp_pointwise.rope(k, cos, sin, interleaved), v, expected, slots)
+    assert torch.equal(turned, cpp_pointwise.rope(q, cos, sin, interleaved))
+    assert torch.equal(ours.nan_to_num(99), expected.nan_to_num(99))
 
 
 @pytest.mark.parametrize("tokens", [3, 200])

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 import autodeploy
 from autodeploy import Effect, Program, SamplingParams, Target, Transform
-from autodeploy.custom_ops import cpp, cpp_linear, embedding_op, linear_op, moe
+from autodeploy.custom_ops import cpp, cpp_attention, cpp_linear, cpp_pointwise, embedding_op, linear_op, moe
 from autodeploy.transforms.rewrite import aten, calls, insert_call
 from tests.executor.test_packing import WIDE, tensors_of
 from tests.models.families import make_model
@@ -140,3 +140,38 @@ def test_a_model_has_its_experts_in_panels(family: str) -> None:
     assert {choice.provider for choice in compiled.program.providers["moe"]} == {"cpp"}
     assert compiled(torch.randint(0, 90, (2, 30))).isfinite().all()
     compiled.shutdown()
+
+
+@here
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_calls_made_again_by_a_team_give_the_same_bits(threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.empty(1, 9, 512).bfloat16()
+    matrices = [cpp_linear.pack_panels(torch.randn(512, 512, generator=generator).bfloat16() / 22) for _ in range(6)]
+    cache, table = torch.empty(9, 300, 4, 128).bfloat16(), torch.arange(9)[:, None]
+    cache.normal_(generator=generator)
+    lengths, bounds = torch.arange(40, 310, 30, dtype=torch.int32), torch.arange(10, dtype=torch.int32)
+
+    def chain() -> list[torch.Tensor]:
+        values = [x]
+        for matrix in matrices:
+            values.append(cpp_linear.panel_linear(values[-1], matrix))
+            values.append(cpp_pointwise.rms_norm(values[-1], None, 1e-6, 0.0, False))
+            heads = values[-1].view(1, 9, 8, 64).transpose(1, 2)
+            attended = cpp_attention.cpp_paged_attention(heads, cache, table, bounds, lengths, None, 0.1, 0, 0.0, 64)
+            values.append(attended.flatten(2))
+            values.append(cpp_pointwise.gated_activation(values[-1], values[-1], "silu"))
+        return values
+
+    try:
+        with cpp.record_kernels() as calls:
+            ours = chain()
+        again = cpp.KernelCalls(calls)
+        for _ in range(50):
+            x.normal_(generator=generator)
+            again()
+            assert all(map(torch.equal, ours, chain()))
+    finally:
+        torch.set_num_threads(before)

@@ -63,7 +63,7 @@ def test_the_page_has_every_pass_and_every_part(text: str) -> None:
         "Start-up",
     ):
         assert f"<h2>{heading}</h2>" in text
-    for op in ("aten.linear", "paged_attention", "kv_append", "rms_norm", "rope", "gated_activation"):
+    for op in ("aten.linear", "paged_attention", "rope_append", "rms_norm", "gated_activation"):
         assert op in text
     assert "Program cache: not used: switched off." in text
     for phase in ("export", "passes", "load weights"):
@@ -102,7 +102,7 @@ def test_one_layer_has_more_ops_before_than_after(text: str) -> None:
     before, after = drawn(text)
     assert before.num_boxes >= 2 * after.num_boxes
     assert before.labels.count("attention") == 1
-    assert after.labels.count("paged_attention") == after.labels.count("kv_append") == 1
+    assert after.labels.count("paged_attention") == after.labels.count("rope_append") == 1
     assert {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"} <= {*before.reads}
     assert "q_proj_k_proj_v_proj" in after.reads
     assert any(title.startswith("paged_attention") for title in after.titles)

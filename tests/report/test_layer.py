@@ -27,7 +27,7 @@ def test_a_layer_holds_one_attention_and_its_projections(num_layers: int, index:
     before, after = views(num_layers)
     assert (before.index, before.num_layers) == (after.index, after.num_layers) == (index, num_layers)
     labels = [box.label for box in after.boxes.values()]
-    assert labels.count("paged_attention") == labels.count("kv_append") == 1
+    assert labels.count("paged_attention") == labels.count("rope_append") == 1
     has_head = num_layers == 1
     assert labels.count("linear") == 4 + has_head  # joined q, k, v; o; joined gate, up; down
     assert [box.label for box in before.boxes.values()].count("linear") == 7 + has_head
@@ -37,4 +37,4 @@ def test_a_layer_holds_one_attention_and_its_projections(num_layers: int, index:
 def test_the_cache_is_written_before_it_is_read() -> None:
     _, after = views(1)
     names = {box.label: name for name, box in after.boxes.items()}
-    assert (names["kv_append"], names["paged_attention"]) in after.edges
+    assert (names["rope_append"], names["paged_attention"]) in after.edges

@@ -27,7 +27,13 @@ from tests.transforms.helpers import family_program
 
 Damage = Callable[[Program], None]
 REWRITE, FUSION, PARAMETERS, INPUTS = Effect.REWRITE, Effect.FUSION, Effect.PARAMETERS, Effect.INPUTS
-STAGES = {"exported": "cleanup", "canonical": "fuse_linears", "fused": "fuse_add_norm", "lowered": "gather_logits"}
+STAGES = {
+    "exported": "cleanup",
+    "canonical": "fuse_linears",
+    "fused": "fuse_add_norm",
+    "lowered": "gather_logits",
+    "appended": "fuse_rope_append",
+}
 """Stage -> the last pass before the damage."""
 TWO_LAYERS: dict[str, Any] = {"num_hidden_layers": 2}
 MIXED = {**TWO_LAYERS, "layer_types": ["sliding_attention", "full_attention"]}
@@ -333,7 +339,7 @@ linear, add, mul, getitem, split = (
     aten.split_with_sizes.default,
 )
 G, M, S, Q, P, Y = "granite_swa", "gemma2", "starcoder2", "qwen3", "gpt2", "youtu"
-C, F, L, X = "canonical", "fused", "lowered", "exported"
+C, F, L, A, X = "canonical", "fused", "lowered", "appended", "exported"
 
 BUGS = [
     # one number or argument of a call
@@ -458,6 +464,13 @@ BUGS = [
     Bug("keys appended as values", "order", G, L, INPUTS, swap(ops.kv_append, 0, 1)),
     Bug("positions for slots", "order", G, L, INPUTS, positions_for_slots),
     Bug("slots one too far", "order", G, L, INPUTS, before(ops.kv_append, 3, aten.add.Tensor, 1)),
+    Bug("keys turned and stored as values", "order", G, A, FUSION, swap(ops.rope_append, 1, 2)),
+    Bug("turned keys in the cache of another layer", "order", Q, A, REWRITE, take(ops.rope_append, 3, 0, 1)),
+    Bug("turned keys one slot too far", "order", G, A, FUSION, before(ops.rope_append, 4, aten.add.Tensor, 1)),
+    Bug("keys normed without their weight", "numbers", Q, A, FUSION, edit(ops.rope_append, 9, lambda _: None)),
+    Bug("neither queries nor keys normed", "numbers", Q, A, FUSION, edit(ops.rope_append, 10, lambda _: -1.0)),
+    Bug("turned by pairs in place of halves", "numbers", Q, A, FUSION, edit(ops.rope_append, 7, lambda _: True)),
+    Bug("sin for cos where keys are stored", "numbers", G, A, FUSION, swap(ops.rope_append, 5, 6)),
     Bug("writes into a value", "order", G, C, REWRITE, in_place),
     # dtypes and shapes
     Bug("stale dtype", "dtype", G, C, REWRITE, value(linear, lambda known: known.to(half))),
@@ -472,6 +485,8 @@ BUGS = [
     Bug("activation not cast back", "dtype", G, C, FUSION, after(gated, aten.to.dtype, half)),
     Bug("queries narrowed", "dtype", G, L, FUSION, before(paged, 0, aten.to.dtype, half)),
     Bug("keys narrowed before they are stored", "dtype", G, L, INPUTS, before(ops.kv_append, 0, aten.to.dtype, half)),
+    Bug("cos widened where keys are stored", "dtype", Q, A, FUSION, before(ops.rope_append, 5, aten.to.dtype, torch.float32)),
+    Bug("values narrowed where keys are stored", "dtype", G, A, FUSION, before(ops.rope_append, 2, aten.to.dtype, half)),
     Bug("cos widened", "dtype", Q, C, FUSION, before(rope, 1, aten.to.dtype, torch.float32)),
     Bug("up widened", "dtype", Q, C, FUSION, before(gated, 1, aten.to.dtype, torch.float32)),
     Bug("a third result of two", "shape", G, F, FUSION, edit(getitem, 1, lambda place: 2, 3)),

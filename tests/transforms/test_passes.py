@@ -17,12 +17,13 @@ from autodeploy.specs import Target
 from autodeploy.transforms.cleanup import Cleanup
 from autodeploy.transforms.fuse_add_norm import FuseAddNorm
 from autodeploy.transforms.fuse_linears import FuseLinears
+from autodeploy.transforms.fuse_rope_append import FuseRopeAppend
 from autodeploy.transforms.gather_logits import GatherLogits
 from autodeploy.transforms.insert_paged_attention import InsertPagedAttention
 from autodeploy.transforms.match_mlp import MatchMLP
 from autodeploy.transforms.match_norm import MatchNorm
 from autodeploy.transforms.match_rope import MatchRope
-from autodeploy.transforms.rewrite import aten, calls
+from autodeploy.transforms.rewrite import arguments, aten, calls
 from autodeploy.transforms.select_kernels import SelectKernels
 from tests.transforms.helpers import WIDTH, apply, family_program, toy_program
 
@@ -181,6 +182,25 @@ def test_layers_with_shared_kv_share_one_cache_and_append_once() -> None:
     counts = program.op_counts()
     assert counts["autodeploy.paged_attention"] == 4 and counts["autodeploy.kv_append"] == 2
     assert list(program.caches) == ["kv_cache_0", "kv_cache_1"]
+
+
+@pytest.mark.parametrize(("family", "layers", "normed"), [("qwen3", 2, True), ("llama", 2, False), ("gpt2", 0, False)])
+def test_what_is_turned_alike_is_turned_and_appended_at_once(family: str, layers: int, normed: bool) -> None:
+    program, _ = family_program(family)
+    apply(program, Cleanup(), MatchNorm(), MatchRope(), InsertPagedAttention())
+    appends = len(calls(program, ops.kv_append))
+    assert apply(program, FuseRopeAppend())[-1] == layers
+    fused = calls(program, ops.rope_append)
+    assert len(fused) == layers and len(calls(program, ops.kv_append)) == appends - layers and not calls(program, ops.rope)
+    assert all((arguments(node)["eps"] >= 0) == normed for node in fused)
+
+
+def test_queries_turned_by_other_angles_are_left_alone() -> None:
+    program, _ = family_program("llama")
+    apply(program, Cleanup(), MatchRope(), InsertPagedAttention())
+    queries = calls(program, ops.rope)[0]
+    queries.args = (queries.args[0], queries.args[2], queries.args[1], False)
+    assert apply(program, FuseRopeAppend())[-1] == 1 and len(calls(program, ops.rope)) == 2
 
 
 def test_windows_become_sliding_window_caches() -> None:

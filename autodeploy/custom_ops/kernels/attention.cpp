@@ -1,5 +1,5 @@
-// Paged attention and the write to its cache. Requests are cut into tasks that depend on the request alone, never on what runs
-// beside it or on how many threads there are, and threads take them in turn.
+// Paged attention and the write to its cache. The keys of a request are cut into ranges that depend on the request alone, never on
+// what runs beside it or on how many threads there are, and threads take them in turn.
 #include <atomic>
 #include <vector>
 
@@ -11,7 +11,8 @@ constexpr int64_t TILE_RANGE = 2048;  // and of one that serves a single token w
 constexpr int64_t LARGE_GROUP = 16;
 
 struct Task {
-    int64_t request, kv_head, first_row;  // kv_head -1: all of them, for one token
+    int64_t request, kv_head, num_heads;  // heads of the cache; of a tile one
+    int64_t first_row;                    // of a tile; -1: one token
     int64_t first, last;                  // keys; of a tile, as far as its rows see them
     int64_t partial;                      // where its result goes; -1: it is the whole
 };
@@ -29,12 +30,14 @@ class Plan {
     int64_t partials = 0;
 
     // Long tasks come first, and short ones fill the gaps at the end.
-    void make(const Call<T>& call) {
+    void make(const Call<T>& call, int64_t threads) {
         tasks.clear(), splits.clear(), partials = 0;
         for (int64_t i = 0; i < call.requests; i++)
             if (call.new_tokens(i) > 1) add_tiles(call, i);
+        const int64_t tiles = int64_t(tasks.size());
         for (int64_t i = 0; i < call.requests; i++)
             if (call.new_tokens(i) == 1) add_token(call, i);
+        if (tiles == 0) split_heads(2 * threads);
     }
 
   private:
@@ -42,7 +45,20 @@ class Plan {
         const int64_t rows = call.new_tokens(request) * call.group();
         for (int64_t row = (rows - 1) / ROWS * ROWS; row >= 0; row -= ROWS)
             for (int64_t head = 0; head < call.kv_heads; head++)
-                tasks.push_back({request, head, row, 0, call.seq_lens[request], -1});
+                tasks.push_back({request, head, 1, row, 0, call.seq_lens[request], -1});
+    }
+
+    // Halves the heads of tasks until there are so many tasks: heads know nothing of each other.
+    void split_heads(int64_t enough) {
+        while (!tasks.empty() && int64_t(tasks.size()) < enough && tasks[0].num_heads > 1) {
+            const int64_t count = int64_t(tasks.size());
+            for (int64_t i = 0; i < count; i++) {
+                Task other = tasks[i];
+                const int64_t half = other.num_heads / 2;
+                other.kv_head += half, other.num_heads -= half, tasks[i].num_heads = half;
+                tasks.push_back(other);
+            }
+        }
     }
 
     void add_token(const Call<T>& call, int64_t request) {
@@ -52,95 +68,101 @@ class Plan {
         const int64_t before = partials;
         for (int64_t first = low; first < seq_len; first = first / size * size + size) {
             const int64_t last = std::min(seq_len, first / size * size + size), partial = is_split ? partials++ : -1;
-            if (!in_tiles) tasks.push_back({request, -1, 0, first, last, partial});
+            if (!in_tiles) tasks.push_back({request, 0, call.kv_heads, -1, first, last, partial});
             for (int64_t head = 0; in_tiles && head < call.kv_heads; head++)
                 for (int64_t row = 0; row < call.group(); row += ROWS)
-                    tasks.push_back({request, head, row, first, last, partial});
+                    tasks.push_back({request, head, 1, row, first, last, partial});
         }
         if (is_split) splits.push_back({call.cu_seqlens_q[request], before, partials});
     }
 };
 
-// Calls body(i) for each i below count, on whichever thread is free.
-template <typename Body>
-inline void take_turns(std::atomic<int64_t>& next, int64_t count, Body body) {
-    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) body(i);
-}
-
+// What is worked on: made by one thread, for all.
 template <typename T>
 class Attention {
-    const Call<T>& call;
-    Plan<T>& plan;
-    float* partials;  // [partials, H, Dv + 2]: largest, sum, values
+    Plan<T> plan;
+    Scratch memory;
+    float* partials = nullptr;  // [partials, H, Dv + 2]: largest, sum, values
+    std::atomic<int64_t> next_task, next_row;
 
   public:
-    static int64_t partial_size(const Call<T>& call) { return call.heads * (call.head_dim_v + 2); }
+    void prepare(const Call<T>& call, int64_t threads) {
+        plan.make(call, threads);
+        const int64_t size = plan.partials * partial_size(call);
+        memory.reserve(Scratch::bytes_of<float>(size));
+        partials = memory.take<float>(size);
+        next_task = next_row = 0;
+    }
 
-    Attention(const Call<T>& call, Plan<T>& plan, float* partials) : call(call), plan(plan), partials(partials) {}
-
-    void run(int64_t threads) {
-        std::atomic<int64_t> next_task{0}, next_row{0};
-        const int64_t tasks = int64_t(plan.tasks.size()), rows = int64_t(plan.splits.size()) * call.heads;
-        const auto work = [&] {
-            thread_local Scratch scratch;
-            take_turns(next_task, tasks, [&](int64_t i) { run_task(plan.tasks[i], scratch); });
-#pragma omp barrier
-            take_turns(next_row, rows, [&](int64_t i) { merge(plan.splits[i / call.heads], i % call.heads, scratch); });
-        };
-        if (threads <= 1 || tasks <= 1) return work();
-#pragma omp parallel num_threads(int(std::min(threads, tasks)))
-        work();
+    // On every thread.
+    void work(const Call<T>& call) {
+        thread_local Scratch scratch;
+        take_turns(next_task, int64_t(plan.tasks.size()), [&](int64_t i) { run_task(call, plan.tasks[i], scratch); });
+        const int64_t rows = int64_t(plan.splits.size()) * call.heads;  // read while the plan is sure to be this call's
+        if (team) team->meet();
+        if (rows == 0) return;
+        take_turns(next_row, rows, [&](int64_t i) { merge(call, plan.splits[i / call.heads], i % call.heads, scratch); });
+        if (team) team->meet();
     }
 
   private:
-    void run_task(const Task& task, Scratch& scratch) {
-        if (task.kv_head >= 0) return run_tile(task, scratch);
+    static int64_t partial_size(const Call<T>& call) { return call.heads * (call.head_dim_v + 2); }
+
+    // Calls body(i) for each i below count, on whichever thread is free.
+    template <typename Body>
+    static void take_turns(std::atomic<int64_t>& next, int64_t count, Body body) {
+        for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) body(i);
+    }
+
+    void run_task(const Call<T>& call, const Task& task, Scratch& scratch) {
+        if (task.first_row >= 0) return run_tile(call, task, scratch);
         const int64_t group = std::min<int64_t>(call.group(), MAX_SLICE);
-        if (group == 1) return run_decode<1>(task, scratch);
-        if (group == 2) return run_decode<2>(task, scratch);
-        if (group <= 4) return run_decode<4>(task, scratch);
-        run_decode<MAX_SLICE>(task, scratch);
+        if (group == 1) return run_decode<1>(call, task, scratch);
+        if (group == 2) return run_decode<2>(call, task, scratch);
+        if (group <= 4) return run_decode<4>(call, task, scratch);
+        run_decode<MAX_SLICE>(call, task, scratch);
     }
 
     template <int SLICE>
-    void run_decode(const Task& task, Scratch& scratch) {
-        scratch.reserve(DecodeRange<T, SLICE>::bytes(call, RANGE));
-        DecodeRange<T, SLICE> range(call, scratch, RANGE);
+    void run_decode(const Call<T>& call, const Task& task, Scratch& scratch) {
+        scratch.reserve(DecodeRange<T, SLICE>::bytes(call, task.num_heads, RANGE));
+        DecodeRange<T, SLICE> range(call, task.kv_head, task.num_heads, scratch, RANGE);
         range.run(task.request, task.first, task.last);
-        for (int64_t head = 0; head < call.heads; head++)
-            keep(task.partial, call.cu_seqlens_q[task.request], head, range.row(head));
+        const int64_t first = task.kv_head * call.group(), count = task.num_heads * call.group();
+        for (int64_t head = 0; head < count; head++)
+            keep(call, task.partial, call.cu_seqlens_q[task.request], first + head, range.row(head));
     }
 
-    void run_tile(const Task& task, Scratch& scratch) {
+    void run_tile(const Call<T>& call, const Task& task, Scratch& scratch) {
         scratch.reserve(Tile<T>::bytes(call));
         Tile<T> tile(call, scratch);
         const int64_t rows = std::min<int64_t>(ROWS, call.new_tokens(task.request) * call.group() - task.first_row);
         tile.run(task.request, task.kv_head, task.first_row, rows, task.first, task.last);
         for (int64_t i = 0; i < rows; i++) {
             const int64_t row = task.first_row + i, token = call.cu_seqlens_q[task.request] + row / call.group();
-            keep(task.partial, token, task.kv_head * call.group() + row % call.group(), tile.row(i));
+            keep(call, task.partial, token, task.kv_head * call.group() + row % call.group(), tile.row(i));
         }
     }
 
-    void keep(int64_t partial, int64_t token, int64_t head, Partial row) {
+    void keep(const Call<T>& call, int64_t partial, int64_t token, int64_t head, Partial row) {
         if (partial < 0) return finish(call, token, head, row);
-        float* to = place(partial, head);
+        float* to = place(call, partial, head);
         to[0] = row.largest, to[1] = row.sum;
         std::copy(row.values, row.values + call.head_dim_v, to + 2);
     }
 
-    float* place(int64_t partial, int64_t head) const {
+    float* place(const Call<T>& call, int64_t partial, int64_t head) const {
         return partials + partial * partial_size(call) + head * (call.head_dim_v + 2);
     }
 
-    void merge(const Split& split, int64_t head, Scratch& scratch) {
+    void merge(const Call<T>& call, const Split& split, int64_t head, Scratch& scratch) {
         scratch.reserve(Scratch::bytes_of<float>(call.head_dim_v));
         float* values = scratch.take<float>(call.head_dim_v);
         float top = -INFINITE, sum = 0;
-        for (int64_t i = split.first; i < split.last; i++) top = std::max(top, place(i, head)[0]);
+        for (int64_t i = split.first; i < split.last; i++) top = std::max(top, place(call, i, head)[0]);
         std::fill(values, values + call.head_dim_v, 0.0f);
         for (int64_t i = split.first; i < split.last; i++) {
-            const float *from = place(i, head), factor = std::exp(from[0] - top);
+            const float *from = place(call, i, head), factor = std::exp(from[0] - top);
             sum += factor * from[1];
             for (int64_t d = 0; d < call.head_dim_v; d++) values[d] += factor * from[2 + d];
         }
@@ -150,12 +172,11 @@ class Attention {
 
 template <typename T>
 void attend(const Call<T>& call, int64_t threads) {
-    thread_local Plan<T> plan;
-    thread_local Scratch partials;
-    plan.make(call);
-    const int64_t size = plan.partials * Attention<T>::partial_size(call);
-    partials.reserve(Scratch::bytes_of<float>(size));
-    Attention<T>(call, plan, partials.take<float>(size)).run(threads);
+    in_team(threads, [&] {
+        thread_local Attention<T> own;
+        if (me == 0) own.prepare(call, threads);
+        (team ? team->of_first(own) : own).work(call);
+    });
 }
 
 // bytes: of a number of q, cache and out; sinks and alibi have their own.
@@ -175,6 +196,7 @@ EXPORT void autodeploy_paged_attention(const void* q, const void* cache, const i
     };
     bytes == 4 ? run(float{}) : run(bf16{});
 }
+RECORDABLE(autodeploy_paged_attention)
 
 // Numbers [count] of a row that may be strided.
 template <typename T>
@@ -211,3 +233,4 @@ EXPORT void autodeploy_kv_append(const void* k, const void* v, void* cache, cons
     };
     bytes == 4 ? run(float{}) : run(bf16{});
 }
+RECORDABLE(autodeploy_kv_append)

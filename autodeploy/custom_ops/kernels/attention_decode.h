@@ -50,26 +50,27 @@ class DecodeRange {
     static constexpr int OPERANDS = ROWS > 2 ? 16 / ROWS : 8;       // vectors of values whose sums stay in registers
 
     const Call<T>& call;
+    const int64_t first_head, num_heads;   // of the cache
     const int64_t slices, depth, columns;  // of a head of the cache; numbers of a row of q, of the sums
-    typename M::Stored* q;                 // [Hkv * slices, ROWS, depth]
-    float* values;                         // [Hkv * slices, ROWS, columns]
-    float *largest, *sum;                  // [Hkv * slices, ROWS]
+    typename M::Stored* q;                 // [heads * slices, ROWS, depth]
+    float* values;                         // [heads * slices, ROWS, columns]
+    float *largest, *sum;                  // [heads * slices, ROWS]
     const T** tokens;
 
   public:
     static int64_t num_slices(const Call<T>& call) { return (call.group() + ROWS - 1) / ROWS; }
 
-    static int64_t bytes(const Call<T>& call, int64_t range) {
-        const int64_t rows = call.kv_heads * num_slices(call) * ROWS;
+    static int64_t bytes(const Call<T>& call, int64_t num_heads, int64_t range) {
+        const int64_t rows = num_heads * num_slices(call) * ROWS;
         return Scratch::bytes_of<typename M::Stored>(rows * round_up(call.head_dim_k, M::WIDTH)) +
                Scratch::bytes_of<float>(rows * round_up(call.head_dim_v, M::WIDTH)) + 2 * Scratch::bytes_of<float>(rows) +
                Scratch::bytes_of<const T*>(range);
     }
 
-    DecodeRange(const Call<T>& call, Scratch& scratch, int64_t range)
-        : call(call), slices(num_slices(call)), depth(round_up(call.head_dim_k, M::WIDTH)),
+    DecodeRange(const Call<T>& call, int64_t first_head, int64_t num_heads, Scratch& scratch, int64_t range)
+        : call(call), first_head(first_head), num_heads(num_heads), slices(num_slices(call)), depth(round_up(call.head_dim_k, M::WIDTH)),
           columns(round_up(call.head_dim_v, M::WIDTH)) {
-        const int64_t rows = call.kv_heads * slices * ROWS;
+        const int64_t rows = num_heads * slices * ROWS;
         q = scratch.take<typename M::Stored>(rows * depth);
         values = scratch.take<float>(rows * columns);
         largest = scratch.take<float>(rows);
@@ -79,8 +80,9 @@ class DecodeRange {
 
     void run(int64_t request, int64_t first, int64_t last) {
         const int64_t token = call.cu_seqlens_q[request], position = call.seq_lens[request] - 1;
-        const int64_t rows = call.kv_heads * slices * ROWS;
+        const int64_t rows = num_heads * slices * ROWS;
         call.find_tokens(request, first, last, tokens);
+        for (int64_t i = 0; i < last - first; i++) tokens[i] += first_head * call.width;
         read_queries(token);
         std::fill(values, values + rows * columns, 0.0f);
         std::fill(largest, largest + rows, -INFINITE);
@@ -88,12 +90,13 @@ class DecodeRange {
         for (int64_t start = first; start < last; start += BLOCK) {
             const T** block = tokens + (start - first);
             const int64_t count = std::min<int64_t>(BLOCK, last - start), next = std::min<int64_t>(BLOCK, last - start - count);
-            Ahead<T> ahead{block + count, block + count + next, call.kv_heads * call.width};
-            for (int64_t slice = 0; slice < call.kv_heads * slices; slice++)
+            Ahead<T> ahead{block + count, block + count + next, num_heads * call.width};
+            for (int64_t slice = 0; slice < num_heads * slices; slice++)
                 add_block(slice, block, count, start - position, ahead);
         }
     }
 
+    // Of a head of q; 0 is the first of these heads of the cache.
     Partial row(int64_t head) const {
         const int64_t within = head % call.group();
         const int64_t row = (head / call.group() * slices + within / ROWS) * ROWS + within % ROWS;
@@ -102,15 +105,15 @@ class DecodeRange {
 
   private:
     int64_t head_of(int64_t slice, int64_t row) const {
-        return std::min(slice / slices * call.group() + slice % slices * ROWS + row, call.heads - 1);
+        return std::min((first_head + slice / slices) * call.group() + slice % slices * ROWS + row, call.heads - 1);
     }
 
     void read_queries(int64_t token) {
-        memset(q, 0, call.kv_heads * slices * ROWS * depth * sizeof *q);
-        for (int64_t head = 0; head < call.heads; head++) {
+        memset(q, 0, num_heads * slices * ROWS * depth * sizeof *q);
+        for (int64_t head = 0; head < num_heads * call.group(); head++) {
             const int64_t within = head % call.group();
             typename M::Stored* to = q + ((head / call.group() * slices + within / ROWS) * ROWS + within % ROWS) * depth;
-            const T* from = call.query(token, head);
+            const T* from = call.query(token, first_head * call.group() + head);
             for (int64_t d = 0; d < call.head_dim_k; d++) copy(from[d * call.q_dim_stride], to + d);
         }
     }

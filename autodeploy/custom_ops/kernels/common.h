@@ -1,4 +1,4 @@
-// What every kernel shares: numbers of 16 bits, vectors of floats in whatever width the CPU has, and the split of work.
+// What every kernel shares: numbers of 16 bits, and vectors of floats in whatever width the CPU has.
 #pragma once
 
 #include <algorithm>
@@ -6,13 +6,44 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
+#include <utility>
 
-#include <omp.h>
+#include "team.h"
+
 #if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
+
+// One argument of a recorded call.
+union Word {
+    void* p;
+    int64_t l;
+    float f;
+
+    template <typename T>
+    T as() const {
+        if constexpr (std::is_pointer_v<T>) return static_cast<T>(p);
+        else if constexpr (std::is_same_v<T, float>) return f;
+        else return l;
+    }
+};
+
+template <typename... Args, size_t... i>
+inline void call(void (*function)(Args...), const Word* words, std::index_sequence<i...>) {
+    function(words[i].as<Args>()...);
+}
+
+template <typename... Args>
+inline void call(void (*function)(Args...), const Word* words) {
+    call(function, words, std::index_sequence_for<Args...>{});
+}
+
+// The same function with its arguments in memory, for recorded steps.
+#define RECORDABLE(name) \
+    EXPORT void name##_words(const Word* words) { call(name, words); }
 
 #if defined(__AVX512F__)
 constexpr int LANES = 16;
@@ -101,18 +132,4 @@ inline Vec exp(Vec x) {
     const Vec power = __builtin_bit_cast(Vec, (whole + 127) << 23);
     const Vec small = x < -87.3f ? Vec{} : p * power;
     return x > 88.7f ? all(std::numeric_limits<float>::infinity()) : small;
-}
-
-// Calls body(first, last) on each thread with its share of [0, count).
-template <typename Body>
-inline void parallel(int64_t num_threads, int64_t count, Body body) {
-    if (num_threads <= 1 || count <= 1) {
-        body(int64_t(0), count);
-        return;
-    }
-#pragma omp parallel num_threads(int(std::min(num_threads, count)))
-    {
-        const int64_t threads = omp_get_num_threads(), me = omp_get_thread_num();
-        body(count * me / threads, count * (me + 1) / threads);
-    }
 }

@@ -46,6 +46,8 @@ EXPORT void autodeploy_embedding(const int64_t* ids, const bf16* packed, bf16* o
     });
 }
 
+RECORDABLE(autodeploy_embedding)
+
 #if defined(__AVX512BF16__)
 
 // sums [M][64] += x [M][2 * pairs] times a panel's part. Two lines of `next` are fetched for each four that are read.
@@ -99,23 +101,22 @@ EXPORT void autodeploy_linear(const bf16* x, int64_t stride, const bf16* packed,
                               int64_t K, int64_t threads) {
     const int64_t panels = (N + WIDTH - 1) / WIDTH, blocks = (M + BLOCK - 1) / BLOCK;
     const int64_t depth = M <= ROWS ? K / 2 : blocks == 1 ? NEAR : FAR;
-    parallel(threads, panels * blocks, [&](int64_t first, int64_t last) {
+    share_out(threads, panels * blocks, [&](int64_t task) {
         alignas(64) float sums[BLOCK * WIDTH];
-        for (int64_t task = first; task < last; task++) {
-            const int64_t panel = task % panels, block = task / panels;
-            const int64_t top = M * block / blocks, rows = M * (block + 1) / blocks - top;
-            multiply_panel(x + top * stride, K, stride, packed + panel * K * WIDTH, rows, depth, sums);
-            const int64_t width = std::min<int64_t>(WIDTH, N - panel * WIDTH);
-            for (int64_t m = 0; m < rows; m++) {
-                float* row = sums + m * WIDTH;
-                bf16* to = out + (top + m) * N + panel * WIDTH;
-                for (int64_t n = 0; bias && n < width; n++) row[n] += widen(bias[panel * WIDTH + n]);
-                int64_t n = 0;
-                for (; n + LANES <= width; n += LANES) store(to + n, load(row + n));
-                for (; n < width; n++) store_one(to + n, row[n]);
-            }
+        const int64_t panel = task % panels, block = task / panels;
+        const int64_t top = M * block / blocks, rows = M * (block + 1) / blocks - top;
+        multiply_panel(x + top * stride, K, stride, packed + panel * K * WIDTH, rows, depth, sums);
+        const int64_t width = std::min<int64_t>(WIDTH, N - panel * WIDTH);
+        for (int64_t m = 0; m < rows; m++) {
+            float* row = sums + m * WIDTH;
+            bf16* to = out + (top + m) * N + panel * WIDTH;
+            for (int64_t n = 0; bias && n < width; n++) row[n] += widen(bias[panel * WIDTH + n]);
+            int64_t n = 0;
+            for (; n + LANES <= width; n += LANES) store(to + n, load(row + n));
+            for (; n < width; n++) store_one(to + n, row[n]);
         }
     });
 }
+RECORDABLE(autodeploy_linear)
 
 #endif

@@ -2,11 +2,9 @@
 // where it is stored. Strides count numbers; the numbers of a row are neighbours.
 #include "common.h"
 
-#include <type_traits>
-
 constexpr int64_t FEW = 8192;  // numbers for which waking a second thread costs more than it brings
 
-inline int64_t threads_for(int64_t numbers, int64_t threads) { return numbers < FEW ? 1 : threads; }
+inline int64_t threads_for(int64_t numbers, int64_t threads) { return numbers < FEW && !team ? 1 : threads; }
 
 // Calls body(i, count) for every vector of a row; count is a compile-time constant but in the last, partial one.
 using Whole = std::integral_constant<int64_t, LANES>;
@@ -166,6 +164,53 @@ void rope(const T* x, const T* cos, const T* sin, T* out, int64_t heads, int64_t
     });
 }
 
+// Heads of queries, keys and values of tokens, strided: [head][token][number], the numbers of a head neighbours.
+template <typename T>
+struct Heads {
+    const T* numbers;
+    int64_t count, head_stride, token_stride;
+
+    const T* row(int64_t head, int64_t token) const { return numbers + head * head_stride + token * token_stride; }
+};
+
+// How a head of queries or keys is normed (eps below 0: not at all) and turned.
+template <typename T>
+struct Turn {
+    const T *cos, *sin;
+    int64_t width, interleaved;
+    float eps, offset;
+
+    void operator()(const T* x, const T* weight, int64_t token, T* out) const {
+        T normed[MOST];
+        if (eps >= 0) {
+            scale_row(x, weight, normed, width, eps, offset, sum_of_squares(x, width));
+            x = normed;
+        }
+        (interleaved ? rope_by_pairs<T> : rope_by_halves<T>)(x, cos + token * width, sin + token * width, out, width);
+    }
+
+    static constexpr int64_t MOST = 1024;  // numbers of a head
+};
+
+// cache [slots][heads of k][width + width_v]
+template <typename T>
+void rope_append(Heads<T> q, Heads<T> k, Heads<T> v, T* cache, const int64_t* slots, const T* q_weight, const T* k_weight, T* out,
+                 int64_t out_head, int64_t out_token, int64_t tokens, int64_t width_v, const Turn<T>& turn, int64_t threads) {
+    const int64_t rows = q.count + k.count, width = turn.width + width_v;
+    parallel(threads_for(tokens * rows * turn.width, threads), tokens * rows, [&](int64_t first, int64_t last) {
+        for (int64_t i = first; i < last; i++) {
+            const int64_t t = i / rows, head = i % rows, kv_head = head - q.count;
+            if (kv_head < 0) {
+                turn(q.row(head, t), q_weight, t, out + head * out_head + t * out_token);
+            } else {
+                T* slot = cache + (slots[t] * k.count + kv_head) * width;
+                turn(k.row(kv_head, t), k_weight, t, slot);
+                memcpy(slot + turn.width, v.row(kv_head, t), width_v * sizeof(T));
+            }
+        }
+    });
+}
+
 // The share of a normal distribution below x, to a relative error of 1e-6 on either side: erfc(z) / 2 at z = |x| / sqrt(2), as
 // t * exp(-z^2 + polynomial of t) with t = 1 / (1 + z / 2).
 inline Vec normal_below(Vec x) {
@@ -229,6 +274,7 @@ EXPORT void autodeploy_rms_norm(void* x, void* weight, void* out, int64_t outer,
                  offset, threads);
     });
 }
+RECORDABLE(autodeploy_rms_norm)
 
 EXPORT void autodeploy_add_rms_norm(void* x, void* residual, void* weight, void* total, void* normed, int64_t rows, int64_t width,
                                     float eps, float offset, int64_t bytes, int64_t threads) {
@@ -237,6 +283,7 @@ EXPORT void autodeploy_add_rms_norm(void* x, void* residual, void* weight, void*
                      threads);
     });
 }
+RECORDABLE(autodeploy_add_rms_norm)
 
 EXPORT void autodeploy_layer_norm(void* x, void* weight, void* bias, void* out, int64_t rows, int64_t width, float eps,
                                   int64_t bytes, int64_t threads) {
@@ -244,6 +291,7 @@ EXPORT void autodeploy_layer_norm(void* x, void* weight, void* bias, void* out, 
         layer_norm(as(x, kind), as(weight, kind), as(bias, kind), as(out, kind), rows, width, eps, threads);
     });
 }
+RECORDABLE(autodeploy_layer_norm)
 
 EXPORT void autodeploy_rope(void* x, void* cos, void* sin, void* out, int64_t heads, int64_t tokens, int64_t width, int64_t x_head,
                             int64_t x_token, int64_t out_head, int64_t out_token, int64_t interleaved, int64_t bytes,
@@ -253,6 +301,7 @@ EXPORT void autodeploy_rope(void* x, void* cos, void* sin, void* out, int64_t he
              interleaved, threads);
     });
 }
+RECORDABLE(autodeploy_rope)
 
 EXPORT void autodeploy_gated_activation(void* gate, void* up, void* out, int64_t rows, int64_t width, int64_t gate_stride,
                                         int64_t up_stride, int64_t activation, int64_t bytes, int64_t threads) {
@@ -263,3 +312,19 @@ EXPORT void autodeploy_gated_activation(void* gate, void* up, void* out, int64_t
         functions[activation](as(gate, kind), as(up, kind), as(out, kind), rows, width, gate_stride, up_stride, threads);
     });
 }
+RECORDABLE(autodeploy_gated_activation)
+
+EXPORT void autodeploy_rope_append(void* q, void* k, void* v, void* cache, const int64_t* slots, void* cos, void* sin,
+                                   void* q_weight, void* k_weight, void* out, int64_t heads, int64_t kv_heads, int64_t tokens,
+                                   int64_t width, int64_t width_v, int64_t q_head, int64_t q_token, int64_t k_head,
+                                   int64_t k_token, int64_t v_head, int64_t v_token, int64_t out_head, int64_t out_token,
+                                   int64_t interleaved, float eps, float offset, int64_t bytes, int64_t threads) {
+    by_size(bytes, [&](auto kind) {
+        using T = decltype(kind);
+        rope_append<T>({as(q, kind), heads, q_head, q_token}, {as(k, kind), kv_heads, k_head, k_token},
+                       {as(v, kind), kv_heads, v_head, v_token}, as(cache, kind), slots, as(q_weight, kind), as(k_weight, kind),
+                       as(out, kind), out_head, out_token, tokens, width_v,
+                       {as(cos, kind), as(sin, kind), width, interleaved, eps, offset}, threads);
+    });
+}
+RECORDABLE(autodeploy_rope_append)
