@@ -6,7 +6,7 @@ import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from autodeploy.bench.ceilings import Machine, ModelSize
@@ -19,7 +19,7 @@ from autodeploy.bench.workload import Cell, longest, most_tokens
 from autodeploy.errors import AutoDeployError
 
 LIMIT_SECONDS = 0.5
-"""For each look at a limit; they are measured before the first cell and after each, and the best counts."""
+"""For each look at a limit; they are measured before and after each run of ours, and the better look counts."""
 CACHE = "AUTODEPLOY_CACHE_DIR"
 PAGE_SLACK = 64
 """Tokens of room per request in the pool beside those it has."""
@@ -90,10 +90,17 @@ def measure(task: Task) -> Results:
         started = [ours, *(start(task, peer, processes, facts) for peer in task.peers)]
         for number, cell in enumerate(task.cells):
             for repeat in range(task.repeats):
-                prompts = cell.prompts(facts["vocab_size"], repeat)
-                for each in started:
-                    _take_turn(task, each, cell, prompts, f"run {repeat + 1} of {task.repeats}, cell {number + 1}")
-            machine = machine.best_with(_limits(task, limits, size["dtype"]))
+                prompts, where = (
+                    cell.prompts(facts["vocab_size"], repeat),
+                    f"run {repeat + 1} of {task.repeats}, cell {number + 1}",
+                )
+                before = _limits(task, limits, size["dtype"])
+                found = _take_turn(task, ours, cell, prompts, where)
+                around = before.best_with(_limits(task, limits, size["dtype"]))
+                ours.result.add(cell, found and replace(found, limits=around))
+                machine = machine.best_with(around)
+                for each in started[1:]:
+                    each.result.add(cell, _take_turn(task, each, cell, prompts, where))
         numbers = {name: size[name] for name in ("body_numbers", "head_numbers", "weight_bytes", "attention_flop")}
         caches = tuple((bytes_, window) for bytes_, window in facts["kv"])
         return Results(
@@ -179,20 +186,20 @@ def _first_token(task: Task, started: Started, since: float, facts: Mapping[str,
         task.warn(noise(f"{started.engine.name}, start", max(foreign, run.foreign_cores)))
 
 
-def _take_turn(task: Task, started: Started, cell: Cell, prompts: list[list[int]], where: str) -> None:
+def _take_turn(task: Task, started: Started, cell: Cell, prompts: list[list[int]], where: str) -> Run | None:
     """One run of one engine; after a failure it is left out."""
     if started.result.error:
-        return
+        return None
     task.say(f"{started.engine.name}: {cell} ({where})")
     try:
         run = started.run(prompts, cell)
     except WorkerError as error:
         started.result.error = str(error)
         task.warn(str(error))
-        return
-    started.result.runs.setdefault(cell, []).append(run)
+        return None
     if run.is_noisy:
         task.warn(noise(f"{started.engine.name}, {cell}", run.foreign_cores))
+    return run
 
 
 def noise(what: str, foreign_cores: float) -> str:

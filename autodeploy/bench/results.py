@@ -18,6 +18,13 @@ from autodeploy.bench.watch import QUIET
 from autodeploy.bench.workload import Cell
 from autodeploy.executor.cores import available_cores
 
+CEILINGS = {"decode": decode_ceiling, "e2e": e2e_ceiling, "prefill": prefill_ceiling}
+RATES: dict[str, Callable[[RunTimes, Cell], float | None]] = {
+    "decode": lambda times, cell: times.decode_rate,
+    "e2e": lambda times, cell: times.e2e_rate,
+    "prefill": lambda times, cell: times.prefill_rate(cell.input_len),
+}
+
 
 @dataclass(frozen=True)
 class Run:
@@ -27,6 +34,8 @@ class Run:
     foreign_cores: float
     is_spread: bool = False
     """The times of single tokens are not known: they are spread evenly."""
+    limits: Machine | None = None
+    """What the machine could do right before and after it."""
 
     @property
     def is_noisy(self) -> bool:
@@ -49,19 +58,23 @@ class EngineResult:
     error: str = ""
     runs: dict[Cell, list[Run]] = field(default_factory=dict)
 
-    def median(self, cell: Cell, rate: Callable[[RunTimes], float | None]) -> float | None:
+    def median(self, kind: str, cell: Cell) -> float | None:
         """Of one figure over the runs of a cell."""
-        values = [value for run in self.runs.get(cell, ()) if (value := rate(run.times)) is not None]
+        values = [value for run in self.runs.get(cell, ()) if (value := RATES[kind](run.times, cell)) is not None]
         return statistics.median(values) if values else None
 
+    def add(self, cell: Cell, run: Run | None) -> None:
+        if run is not None:
+            self.runs.setdefault(cell, []).append(run)
+
     def decode_rate(self, cell: Cell) -> float | None:
-        return self.median(cell, lambda times: times.decode_rate)
+        return self.median("decode", cell)
 
     def e2e_rate(self, cell: Cell) -> float | None:
-        return self.median(cell, lambda times: times.e2e_rate)
+        return self.median("e2e", cell)
 
     def prefill_rate(self, cell: Cell) -> float | None:
-        return self.median(cell, lambda times: times.prefill_rate(cell.input_len))
+        return self.median("prefill", cell)
 
     def is_noisy(self, cell: Cell) -> bool:
         return any(run.is_noisy for run in self.runs.get(cell, ()))
@@ -86,6 +99,7 @@ class EngineResult:
                     "e2e_rate": run.times.e2e_rate,
                     "prefill_rate": run.times.prefill_rate(cell.input_len),
                     "foreign_cores": run.foreign_cores,
+                    "limits": run.limits and asdict(run.limits),
                 }
                 for run in self.runs[cell]
             ],
@@ -112,10 +126,23 @@ class Results:
         return self.engines[0]
 
     def ceiling(self, kind: str, cell: Cell) -> float | None:
-        """Tokens per second; None where the figure does not exist. kind: decode, e2e or prefill."""
+        """Tokens per second, the median over our runs; None where the figure does not exist. kind: decode, e2e or prefill."""
         if (kind != "prefill" and cell.output_len == 1) or (kind == "prefill" and cell.num_requests > 1):
             return None
-        return {"decode": decode_ceiling, "e2e": e2e_ceiling, "prefill": prefill_ceiling}[kind](self.machine, self.size, cell)
+        return statistics.median(self._ceilings(kind, cell) or [CEILINGS[kind](self.machine, self.size, cell)])
+
+    def share(self, kind: str, cell: Cell) -> float | None:
+        """The median share of its own ceiling that a run of ours reached: on a shared host ceilings move."""
+        if self.ceiling(kind, cell) is None:
+            return None
+        rates = [RATES[kind](run.times, cell) for run in self.ours.runs.get(cell, ())]
+        shares = [rate / limit for rate, limit in zip(rates, self._ceilings(kind, cell), strict=True) if rate is not None]
+        return statistics.median(shares) if shares else None
+
+    def _ceilings(self, kind: str, cell: Cell) -> list[float]:
+        """At the time of each run of ours."""
+        runs = self.ours.runs.get(cell, ())
+        return [CEILINGS[kind](run.limits or self.machine, self.size, cell) for run in runs]
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -126,10 +153,8 @@ class Results:
             "size": asdict(self.size),
             "weight_bytes": self.weight_bytes,
             "pool_bytes": self.pool_bytes,
-            "ceilings": [
-                {**asdict(cell), **{kind: self.ceiling(kind, cell) for kind in ("decode", "e2e", "prefill")}}
-                for cell in self.cells
-            ],
+            "ceilings": [{**asdict(cell), **{kind: self.ceiling(kind, cell) for kind in CEILINGS}} for cell in self.cells],
+            "shares": [{**asdict(cell), **{kind: self.share(kind, cell) for kind in CEILINGS}} for cell in self.cells],
             "engines": [engine.as_json() for engine in self.engines],
             "not_installed": self.not_installed,
         }

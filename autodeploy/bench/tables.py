@@ -26,9 +26,9 @@ def throughput_table(results: Results) -> Table:
     for cell in results.cells:
         name = str(cell)
         for kind in KINDS:
-            rate, ceiling = KINDS[kind](results.ours, cell), results.ceiling(kind, cell)
-            if rate is not None and ceiling is not None:
-                table.add_row(name, kind, _rate(results.ours, kind, cell), number(ceiling), f"{100 * rate / ceiling:.0f} %")
+            if (share := results.share(kind, cell)) is not None:
+                ceiling = number(results.ceiling(kind, cell))
+                table.add_row(name, kind, _rate(results.ours, kind, cell), ceiling, f"{100 * share:.0f} %")
                 name = ""
     return table
 
@@ -93,12 +93,19 @@ def compare_table(results: Results) -> Table:
     """Figures down, engines across; then autodeploy over the best of the others, and the ceiling."""
     table = Table("tokens per second", title="compared")
     peers = len(results.engines) > 1
-    for name in [*(engine.name for engine in results.engines), *(["ours / best peer"] if peers else []), "ceiling"]:
+    for name in [
+        *(engine.name for engine in results.engines),
+        *(["ours / best peer"] if peers else []),
+        "ceiling",
+        "share of it",
+    ]:
         table.add_column(name, justify="right", overflow="fold")
     for kind, cell in columns_of(results):
         rates = (_rate(engine, kind, cell) for engine in results.engines)
         ratio = [_ratio(results, kind, cell)] if peers else []
-        table.add_row(_heading(results, kind, cell), *rates, *ratio, number(results.ceiling(kind, cell)))
+        share = results.share(kind, cell)
+        limit = [number(results.ceiling(kind, cell)), NONE if share is None else f"{100 * share:.0f} %"]
+        table.add_row(_heading(results, kind, cell), *rates, *ratio, *limit)
     table.add_section()
     table.add_row("process start to first token, s", *map(_first_token, results.engines))
     if any(engine.first_start_seconds for engine in results.engines):
