@@ -79,13 +79,13 @@ def growth_table(points: Sequence[Point]) -> Table:
 
 
 def scheduling_table(costs: Mapping[int, Mapping[str, float]]) -> Table:
-    """One row per number of requests; microseconds of each part, of all, and of all per request."""
-    parts = next(iter(costs.values()))
-    table = Table("requests", *(f"{name}, us" for name in parts), "us per request", title="a decode step besides the model")
+    """One row per number of requests; microseconds of a step of each kind."""
+    kinds = next(iter(costs.values()))
+    table = Table("requests", *(f"{name}, us" for name in kinds), title="a decode step besides the model")
     for column in table.columns:
         column.justify = "right"
     for many, seconds in costs.items():
-        table.add_row(str(many), *(number(1e6 * value) for value in seconds.values()), number(1e6 * seconds["whole"] / many))
+        table.add_row(str(many), *(number(1e6 * value) for value in seconds.values()))
     return table
 
 

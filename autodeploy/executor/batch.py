@@ -10,6 +10,7 @@ from operator import attrgetter
 import numpy as np
 
 from autodeploy.executor.kv_cache import SCRATCH_PAGE, CacheManager
+from autodeploy.executor.request import Request
 from autodeploy.executor.scheduler import ScheduledBatch, ScheduledRequest
 from autodeploy.specs import BatchMetadata, input_of_pool
 
@@ -60,7 +61,36 @@ class BatchBuilder:
         self._fill_tokens(entries, starts, owners)
         self._fill_pages(entries, num_pages, owners)
         rows = self._wanted(entries)
-        return self._views(num_tokens, num_requests, num_pages, rows[-1].stop if rows else 0), rows
+        self._built = self._views(num_tokens, num_requests, num_pages, rows[-1].stop if rows else 0)
+        return self._built, rows
+
+    def advance(self, tokens: np.ndarray, requests: Sequence[Request]) -> BatchMetadata | None:
+        """The arrays of the step after the one built last, in which each of these requests goes on with one of `tokens`.
+
+        That one was a decode of them, in this order. None, and nothing has changed, when one of them cannot have its next page.
+        """
+        count, positions = len(tokens), self.tokens[1, 0, : len(tokens)]
+        if not all(self._turn_pages(i, positions + 1, requests) for i in range(len(self.pools))):
+            return None
+        self.tokens[0, 0, :count] = tokens
+        self.tokens[1:, 0, :count] += 1
+        self.seq_lens[:count] += 1
+        self._fill_slots(np.arange(count))
+        return self._built
+
+    def _turn_pages(self, number: int, positions: np.ndarray, requests: Sequence[Request]) -> bool:
+        """Have a page for each of these positions that is the first of one."""
+        name, pool = self.pools[number]
+        table = self._built[input_of_pool("page_table", name)]
+        for i in np.flatnonzero(positions % pool.page_size == 0).tolist():
+            request, position = requests[i], int(positions[i])
+            request.num_computed_tokens = position
+            pool.update(request)
+            if position // pool.page_size >= table.shape[1] or not pool.prepare(request, 1):
+                return False
+            held = pool.tables[pool.row(request.request_id), : table.shape[1]]
+            table[i, : len(held)] = held
+        return True
 
     def _ensure_room(self, num_tokens: int, num_requests: int, num_pages: int) -> None:
         have = (self.tokens.shape[2], *self.page_table.shape[1:])
@@ -77,15 +107,21 @@ class BatchBuilder:
         np.maximum(positions + 1, bases[owners], out=rope_len)
 
     def _fill_pages(self, entries: Sequence[ScheduledRequest], num_pages: int, owners: np.ndarray) -> None:
-        ids, positions = [entry.request.request_id for entry in entries], self.tokens[1, 0, : len(owners)]
-        for (_, pool), table, slots in zip(self.pools, self.page_table, self.slot_mapping, strict=True):
+        ids = [entry.request.request_id for entry in entries]
+        for (_, pool), table in zip(self.pools, self.page_table, strict=True):
             found = pool.tables[np.fromiter(map(pool.row, ids), np.int64, len(ids)), :num_pages]
             table[: len(ids), : found.shape[1]] = found
             table[: len(ids), found.shape[1] : num_pages] = SCRATCH_PAGE
-            page, within = np.divmod(positions, pool.page_size)
-            np.add(table[owners, page] * pool.page_size, within, out=slots[: len(owners)])
+        self._fill_slots(owners)
         if self.kv.states is not None:
             self.state_slots[: len(ids)] = np.fromiter(map(self.kv.states.slot, ids), np.int64, len(ids))
+
+    def _fill_slots(self, owners: np.ndarray) -> None:
+        """Where each token is written. owners: of each token, the number of its request."""
+        positions = self.tokens[1, 0, : len(owners)]
+        for (_, pool), table, slots in zip(self.pools, self.page_table, self.slot_mapping, strict=True):
+            page, within = np.divmod(positions, pool.page_size)
+            np.add(table[owners, page] * pool.page_size, within, out=slots[: len(owners)])
 
     def _wanted(self, entries: Sequence[ScheduledRequest]) -> list[WantedRows]:
         """Of each entry that samples its last token, or all of them; `logits_indices` says where they are."""

@@ -15,6 +15,7 @@ from autodeploy.custom_ops import provider_at_work
 from autodeploy.errors import EngineDeadError, ExecutionError, RequestError
 from autodeploy.executor.batch import BatchBuilder, WantedRows
 from autodeploy.executor.cores import end_idle_threads
+from autodeploy.executor.decode_run import DecodeRun
 from autodeploy.executor.model_runner import Runner
 from autodeploy.executor.outputs import RequestHandle
 from autodeploy.executor.request import FinishReason, Request
@@ -31,6 +32,7 @@ class ADExecutor:
     def __init__(self, runner: Runner, scheduler: Scheduler, batches: BatchBuilder, sampler: Sampler) -> None:
         self.runner, self.scheduler, self.batches, self.sampler = runner, scheduler, batches, sampler
         self.num_steps = self.num_preemptions = 0
+        self._run: DecodeRun | None = None
         self._handles: dict[int, RequestHandle] = {}
         self._context_logits: dict[int, list[Tensor]] = {}
         self._commands: deque[Callable[[], None]] = deque()
@@ -76,6 +78,8 @@ class ADExecutor:
     def _loop(self) -> None:
         try:
             while self._wait_for_work():
+                if self._commands:
+                    self._end_run()
                 while self._commands:
                     self._commands.popleft()()
                 if self.scheduler.has_work:
@@ -92,6 +96,8 @@ class ADExecutor:
 
     def step(self) -> None:
         """schedule -> forward -> sample -> finish."""
+        if self._run is not None and self._step_of_run(self._run):
+            return
         batch = self.scheduler.schedule()
         self.num_steps += 1
         self.num_preemptions += len(batch.preempted)
@@ -114,6 +120,42 @@ class ADExecutor:
         requests = [row.entry.request for row in sampled]
         for request, token in zip(requests, self.sampler(logits, requests), strict=True):
             self._take(request, token)
+        if self._may_run_on(batch):
+            self._run = DecodeRun(rows, self.batches, self.sampler.vocab_size)
+
+    def _may_run_on(self, batch: ScheduledBatch) -> bool:
+        """Whether all that run have just decoded, and nobody but themselves looks at their tokens."""
+        if self.runner.reads_entries or len(batch.requests) != self.scheduler.num_running or not self.scheduler.is_settled:
+            return False
+        requests = [entry.request for entry in batch.requests if entry.num_tokens == 1 and not entry.request.is_suspect]
+        return len(requests) == len(batch.requests) and all(
+            DecodeRun.suits(request) and not self._handles[request.request_id].streaming for request in requests
+        )
+
+    def _step_of_run(self, run: DecodeRun) -> bool:
+        """A step without a look at each request; False when it cannot be one, and nothing has been done."""
+        metadata = run.advance()
+        if metadata is None:
+            self._end_run()
+            return False
+        self.num_steps += 1
+        try:
+            logits = self.runner.forward(metadata, run.rows)
+        except Exception as error:
+            self._end_run()
+            self._isolate(self.scheduler.schedule(), error)
+            return True
+        tokens = self.sampler.largest(logits)
+        if tokens is None or not run.take(tokens):
+            self._end_run()
+            batch = self.scheduler.schedule()  # the same requests: each has its page
+            self._finish_step(batch, [WantedRows(entry, i, i + 1) for i, entry in enumerate(batch.requests)], logits)
+        return True
+
+    def _end_run(self) -> None:
+        if self._run is not None:
+            self._run.end()
+            self._run = None
 
     def _take(self, request: Request, token: int | ExecutionError) -> None:
         """One sampled token, or what went wrong instead."""
@@ -172,6 +214,7 @@ class ADExecutor:
 
     def _end_all(self) -> None:
         """No handle waits for ever: requests under way and those still in the queue end now."""
+        self._end_run()
         with self._wakeup:
             self._closing = True
             while self._commands:

@@ -28,6 +28,8 @@ class Runner(Protocol):
     """Lengths at which a request is computed anew."""
     can_chunk: bool
     """Whether a prompt may be computed in several steps."""
+    reads_entries: bool
+    """Whether a step needs more than its arrays."""
 
     def allocate(self, num_units: Mapping[str, int], page_size: int) -> None:
         """Make the caches: pages (or slots) of each pool, by its name."""
@@ -48,7 +50,7 @@ MAX_RECORDED_TOKENS, MAX_RECORDED_STEPS = 64, 256
 class ModelRunner:
     """A lowered program with its weights; `allocate` gives it its KV pool."""
 
-    can_chunk = True
+    can_chunk, reads_entries = True, False
 
     def __init__(
         self, program: Program, source: TensorSource, device: str, on_parameter: Callable[[str], None] = lambda name: None
@@ -122,6 +124,7 @@ class EagerRunner:
     """`backend="pytorch"`: the Hugging Face model itself, one request after the other, each with Hugging Face's own cache."""
 
     can_chunk = False  # rope may depend on the length of what is computed at once
+    reads_entries = True
 
     def __init__(self, model: Any, rope_thresholds: tuple[int, ...]) -> None:
         self.model, self.rope_thresholds = model, rope_thresholds

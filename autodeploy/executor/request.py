@@ -141,6 +141,12 @@ class Request:
         if len(self.output_token_ids) >= self.max_new_tokens:
             self.finish(FinishReason.LENGTH)
 
+    def extend(self, token_ids: list[int]) -> None:
+        """Add sampled tokens that meet no stop rule; the request has no stop strings."""
+        self.output_token_ids += token_ids
+        if self.detokenizer is not None:
+            self.text += self.detokenizer.append(token_ids)
+
     def finish(self, reason: FinishReason, stop_reason: int | str | None = None, error: Exception | None = None) -> None:
         """End the request and release the text held back; only the first call counts.
 

@@ -3,6 +3,7 @@
 import hashlib
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -55,6 +56,11 @@ class Sampler:
             elif not request.sampling_params.is_plain_argmax:
                 result[row] = self._sample(logits[row].float(), request)
         return result
+
+    def largest(self, logits: Tensor) -> np.ndarray | None:
+        """The token of the largest logit of each row, as for requests that want no more; None when one is not finite."""
+        highest, tokens = largest_of_rows(logits[:, : self.vocab_size])
+        return tokens.cpu().numpy() if bool(highest.isfinite().all()) else None
 
     def forget(self, request: Request) -> None:
         """Drop what is remembered of a request that has ended; no harm when there is nothing."""

@@ -163,6 +163,12 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self._capacity.waiting or self._capacity.running)
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether the same requests run until one of them ends or finds no page, as long as nothing is added or taken away."""
+        full = len(self._capacity.running) == self._capacity.max_batch_size
+        return not self._capacity.rope_thresholds and (full or not self._capacity.waiting)
+
     def add(self, request: Request) -> None:
         """Queue a request. Raises `RequestError` for one that can never be served."""
         assert self._find(request.request_id) is None, f"request {request.request_id} is here already"

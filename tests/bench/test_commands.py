@@ -51,11 +51,11 @@ def test_help_loads_neither_torch_nor_transformers() -> None:
     assert done.stdout.split() == ["False", "False"]
 
 
-def test_scheduling_prints_each_part() -> None:
+def test_scheduling_prints_each_kind_of_step() -> None:
     done = bench("scheduling", "--concurrency", "1,5", "--input-len", "8", "--steps", "5", "--json", "-")
     assert done.returncode == 0, done.stderr
     costs = json.loads(done.stdout)["seconds"]
-    assert list(costs) == ["1", "5"] and costs["5"].keys() == {"schedule", "build", "finish", "whole"}
+    assert list(costs) == ["1", "5"] and costs["5"].keys() == {"waited for", "streamed"}
 
 
 def test_wrong_options_are_one_line() -> None:

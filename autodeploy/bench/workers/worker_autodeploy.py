@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections import deque
 from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
@@ -11,10 +12,11 @@ from autodeploy import LLM, SamplingParams
 from autodeploy.specs import STATES, bytes_per_request, window_of_pool
 
 llm: Any = None
+clock: Any = None
 
 
 class Stopwatch:
-    """Stands where a request's detokenizer does, and notes when each token comes: one time for all tokens of a step."""
+    """Stands where a request's detokenizer does, and notes when each token came."""
 
     text = ""
 
@@ -22,7 +24,7 @@ class Stopwatch:
         self.clock, self.submitted, self.times = clock, 0.0, list[float]()
 
     def append(self, token_ids: Sequence[int]) -> str:
-        self.times += [self.clock.now()] * len(token_ids)
+        self.times += self.clock.last(len(token_ids))
         return ""
 
     def finish(self) -> str:
@@ -30,20 +32,29 @@ class Stopwatch:
 
 
 class StepClock:
-    """The time at which the first token of the present step was there."""
+    """When the tokens of the last steps were there: one time for all of a step. A request may get those of several at once."""
 
     def __init__(self, executor: Any) -> None:
-        self.executor, self.step, self.time = executor, -1, 0.0
+        self.executor, self.ended, self.step, self.time = executor, deque[float](maxlen=1 << 16), -1, 0.0
+        self._step = executor.step
+        executor.step = self._timed_step
 
-    def now(self) -> float:
+    def _timed_step(self) -> None:
+        self._step()
+        self.ended.append(time.perf_counter())
+
+    def last(self, count: int) -> list[float]:
+        if count > 1:
+            return list(self.ended)[-count:]
         if self.step != self.executor.num_steps:
             self.step, self.time = self.executor.num_steps, time.perf_counter()
-        return self.time
+        return [self.time]
 
 
 def load(model: str, threads: int, options: dict[str, Any]) -> dict[str, Any]:
     """torch takes its threads from the environment."""
     globals()["llm"] = LLM(model, skip_tokenizer_init=True, **options)
+    globals()["clock"] = StepClock(llm.compiled.executor)
     versions = {"autodeploy": autodeploy.__version__, **{name: version(name) for name in ("torch", "transformers")}}
     return {"versions": versions}
 
@@ -69,7 +80,7 @@ def facts() -> dict[str, Any]:
 def run(prompts: list[list[int]], output_len: int, concurrency: int) -> dict[str, Any]:
     """Each of `concurrency` clients hands in the next prompt when its last one is done."""
     params = SamplingParams(max_tokens=output_len, ignore_eos=True)
-    clock, watches, waiting = StepClock(llm.compiled.executor), [], iter(prompts)
+    watches, waiting = [], iter(prompts)
     lock = threading.Lock()
 
     def client() -> None:

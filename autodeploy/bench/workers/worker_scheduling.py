@@ -19,7 +19,7 @@ from autodeploy.executor.kv_cache import CacheManager, KVCacheManager
 from autodeploy.executor.outputs import RequestHandle
 from autodeploy.executor.request import Request
 from autodeploy.executor.sampler import Sampler
-from autodeploy.executor.scheduler import ScheduledBatch, Scheduler
+from autodeploy.executor.scheduler import Scheduler
 from autodeploy.specs import BatchMetadata
 
 PAGE_SIZE = 32
@@ -29,20 +29,17 @@ VOCABULARY = 32
 
 @dataclass
 class Costs:
-    """CPU seconds of each step of so many requests that decode."""
+    """CPU seconds of each step of so many requests that decode, from the end of a forward pass to the start of the next."""
 
     num_requests: int
-    schedule: list[float] = field(default_factory=list)
-    build: list[float] = field(default_factory=list)
-    whole: list[float] = field(default_factory=list)
-    """From the end of a forward pass to the start of the next."""
+    steps: list[float] = field(default_factory=list)
 
 
 class NoModel:
     """In the place of a model runner: the same logits at once. Notes when it was left and entered."""
 
     rope_thresholds: tuple[int, ...] = ()
-    can_chunk = True
+    can_chunk, reads_entries = True, False
 
     def __init__(self, costs: Costs) -> None:
         self.costs, self.logits = costs, torch.randn(costs.num_requests, VOCABULARY)
@@ -55,7 +52,7 @@ class NoModel:
         entered = time.thread_time()
         decodes_all = len(rows) == len(batch["input_ids"][0]) == self.costs.num_requests
         if decodes_all and self.left is not None:
-            self.costs.whole.append(entered - self.left)
+            self.costs.steps.append(entered - self.left)
         self.left = time.thread_time() if decodes_all else None
         return self.logits[: len(rows)]
 
@@ -63,47 +60,29 @@ class NoModel:
         """Nothing is kept."""
 
 
-class TimedScheduler(Scheduler):
-    costs: Costs
-
-    def schedule(self) -> ScheduledBatch:
-        started = time.thread_time()
-        batch = super().schedule()
-        self.costs.schedule.append(time.thread_time() - started)
-        return batch
-
-
-class TimedBuilder(BatchBuilder):
-    costs: Costs
-
-    def build(self, batch: ScheduledBatch) -> tuple[BatchMetadata, list[WantedRows]]:
-        started = time.thread_time()
-        built = super().build(batch)
-        self.costs.build.append(time.thread_time() - started)
-        return built
-
-
 def measure(num_requests: int, input_len: int, steps: int) -> dict[str, Any]:
-    """Medians over the steps in which all requests decode; seconds."""
+    """Medians over the steps in which all requests decode, in seconds: their results waited for, and streamed."""
+    kinds = {"waited for": False, "streamed": True}
+    return {"seconds": {name: step_of(num_requests, input_len, steps, streaming) for name, streaming in kinds.items()}}
+
+
+def step_of(num_requests: int, input_len: int, steps: int, streaming: bool) -> float:
     costs = Costs(num_requests)
     executor = executor_of(costs, input_len + steps + 2)
     params = SamplingParams(max_tokens=steps, ignore_eos=True)
     prompts = [Request(i, [i % VOCABULARY] * input_len, params, frozenset(), steps) for i in range(num_requests)]
-    handles = [RequestHandle(request, None, False, executor.abort) for request in prompts]
+    handles = [RequestHandle(request, None, streaming, executor.abort) for request in prompts]
     for handle in handles:
         executor.submit(handle)
     for handle in handles:
         handle.result()
     executor.shutdown()
-    schedule, build = (statistics.median(each[-len(costs.whole) :]) for each in (costs.schedule, costs.build))
-    whole = statistics.median(costs.whole)
-    return {"seconds": {"schedule": schedule, "build": build, "finish": whole - schedule - build, "whole": whole}}
+    return statistics.median(costs.steps)
 
 
 def executor_of(costs: Costs, length: int) -> ADExecutor:
     """With room for all requests of that length, and prompts computed in one step."""
     many = costs.num_requests
     kv = CacheManager({"kv": KVCacheManager(1 + many * -(-length // PAGE_SIZE), PAGE_SIZE)})
-    scheduler, batches = TimedScheduler(kv, many, many * length, length), TimedBuilder(kv, many, many * length)
-    scheduler.costs = batches.costs = costs
+    scheduler, batches = Scheduler(kv, many, many * length, length), BatchBuilder(kv, many, many * length)
     return ADExecutor(NoModel(costs), scheduler, batches, Sampler(VOCABULARY))
