@@ -74,6 +74,7 @@ class ModelRunner:
         self.caches: list[Tensor] = []
         self.records_steps = device == "cpu" and can_record(self.module.graph)
         self.recorded: dict[Any, RecordedStep] = {}
+        self.known_shapes: set[Any] = set()
         self.arena = Arena()
 
     def allocate(self, num_units: Mapping[str, int], page_size: int) -> None:
@@ -90,13 +91,20 @@ class ModelRunner:
             backend.plan(batch)
         inputs = [batch[name] for name in self.program.inputs]
         num_requests = len(batch["seq_lens"])
-        if self.records_steps and num_requests == batch["input_ids"].shape[1] <= MAX_RECORDED_TOKENS:
+        if self.records_steps and num_requests == batch["input_ids"].shape[1] <= MAX_RECORDED_TOKENS and self._is_known(inputs):
             return self._run_recorded(inputs)
         return self.module(*(torch.from_numpy(array).to(self.device) for array in inputs), *self.caches)[0]
 
+    def _is_known(self, inputs: list[np.ndarray]) -> bool:
+        """Whether there has been a step of these shapes: recording takes as long as many steps, and some shapes come once."""
+        shapes = _shapes(inputs)
+        is_known = shapes in self.known_shapes
+        self.known_shapes.add(shapes)
+        return is_known
+
     def _run_recorded(self, inputs: list[np.ndarray]) -> Tensor:
-        """A decode step: recorded when the first of its shapes comes."""
-        shapes = tuple(array.shape for array in inputs)
+        """A decode step, recorded when the first of its shapes comes here."""
+        shapes = _shapes(inputs)
         if (step := self.recorded.get(shapes)) is not None:
             return step.run(inputs)[0]
         if len(self.recorded) == MAX_RECORDED_STEPS:
@@ -106,6 +114,10 @@ class ModelRunner:
 
     def forget(self, request: Request) -> None:
         """Nothing is kept per request: its pages are the KV manager's."""
+
+
+def _shapes(inputs: list[np.ndarray]) -> tuple[tuple[int, ...], ...]:
+    return tuple(array.shape for array in inputs)
 
 
 def _executable(program: Program, tensors: dict[str, Tensor], device: str) -> fx.GraphModule:

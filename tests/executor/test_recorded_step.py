@@ -63,6 +63,16 @@ def test_long_steps_and_other_devices_are_not_recorded() -> None:
     compiled.shutdown()
 
 
+def test_a_shape_is_recorded_when_it_comes_again() -> None:
+    compiled = autodeploy.compile(make_model("qwen3"))
+    recorded: dict[Any, Any] = compiled.runner.recorded  # pyright: ignore[reportAttributeAccessIssue]
+    compiled.generate([1, 2, 3], SamplingParams(max_tokens=2, ignore_eos=True))
+    assert not recorded
+    compiled.generate([1, 2, 3], SamplingParams(max_tokens=2, ignore_eos=True))
+    assert len(recorded) == 1
+    compiled.shutdown()
+
+
 def test_a_number_that_does_not_follow_from_shapes_is_not_recorded() -> None:
     def graph_of(target: Any) -> fx.Graph:
         graph = fx.Graph()
