@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,21 @@ _DTYPES = {
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "I64": torch.int64,
+    "I32": torch.int32,
+    "I8": torch.int8,
+    "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+
+
+SETTINGS = re.compile(r"\.(weight_shape|quant_state\..*)$")
+"""Names of tensors that hold settings of a format, which recipes are made with, not weights."""
+MODELOPT_FILE = "hf_quant_config.json"
+"""What ModelOpt writes beside config.json."""
 
 
 class CheckpointSource:

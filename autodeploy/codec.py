@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from autodeploy.custom_ops import PROVIDED, SEMANTIC_OPS
-from autodeploy.recipes import Cast, Cat, Initial, Permute, Recipe, Reshape, Slice, Stack, Take
+from autodeploy.formats import Format
+from autodeploy.recipes import Cast, Cat, Dequantize, Initial, Permute, Recipe, Reshape, Slice, Stack, Take
 from autodeploy.specs import InputSpec
 
 TORCH_CONSTANTS = (torch.dtype, torch.memory_format, torch.layout)
@@ -111,6 +113,8 @@ def encode_recipe(recipe: Recipe) -> dict[str, Any]:
             return {"reshape": encode_recipe(source), "shape": shape}
         case Slice(source, dim, start, stop):
             return {"slice": encode_recipe(source), "dim": dim, "start": start, "stop": stop}
+        case Dequantize(parts, form, shape):
+            return {"dequantize": [encode_recipe(part) for part in parts], "format": asdict(form), "shape": shape}
     raise AssertionError(f"{recipe} cannot be saved")
 
 
@@ -132,6 +136,9 @@ def decode_recipe(data: Mapping[str, Any]) -> Recipe:
             return Reshape(decode_recipe(source), tuple(shape))
         case {"slice": source, "dim": dim, "start": start, "stop": stop}:
             return Slice(decode_recipe(source), dim, start, stop)
+        case {"dequantize": parts, "format": form, "shape": shape}:
+            fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in form.items()}
+            return Dequantize(tuple(decode_recipe(part) for part in parts), Format(**fields), tuple(shape))
     raise AssertionError(f"not a recipe: {data}")
 
 

@@ -20,11 +20,12 @@ from typing import Any
 
 import torch
 
-from autodeploy.checkpoint import CheckpointSource, raw_config, read_json
+from autodeploy.checkpoint import MODELOPT_FILE, SETTINGS, CheckpointSource, raw_config, read_json
 from autodeploy.config import LLMArgs
 from autodeploy.custom_ops import SEMANTIC_OPS
 from autodeploy.custom_ops.attention_backend import ATTENTION_BACKENDS
 from autodeploy.program_store import Facts
+from autodeploy.recipes import Take
 from autodeploy.specs import Target
 
 WITHOUT_INFLUENCE = {
@@ -53,6 +54,7 @@ def facts_of(args: LLMArgs, target: Target, passes: Iterable[Any] | None, source
     facts = {
         "config.json": _hash(raw_config(source.folder)),
         "tensors of the checkpoint": _hash(tensors),
+        "quantization settings": _hash(_quantization(source)),
         "eos_token_id of generation_config.json": json.dumps(_eos(source.folder)),
         "autodeploy": _hash(_code([Path(__file__).parent])),
         "Python": platform.python_version(),
@@ -93,6 +95,12 @@ def _plain(value: Any, what: str) -> str:
         raise NotCacheable(f"{what} is a {type(other).__name__}, which is no plain data")
 
     return json.dumps(value, sort_keys=True, default=refuse)
+
+
+def _quantization(source: CheckpointSource) -> list[Any]:
+    """What is known of a quantized checkpoint beside config.json, and decides recipes."""
+    path, names = source.folder / MODELOPT_FILE, sorted(filter(SETTINGS.search, source.names()))
+    return [read_json(path) if path.exists() else None, *((name, source.fetch(Take(name)).tolist()) for name in names)]
 
 
 def _eos(folder: Path) -> Any:

@@ -8,6 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from autodeploy.errors import CheckpointError
+from autodeploy.formats import Format
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -171,6 +174,33 @@ class Convert(Recipe):
         return self.convert(collected)[self.target]
 
 
+@dataclass(frozen=True)
+class Dequantize(Recipe):
+    """The dense matrix, in float32, of a quantized one: its codes, scales and so on are the parts."""
+
+    parts: tuple[Recipe, ...]
+    format: Format
+    shape: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"dequantize({self.parts[0]}, {self.format.name})"
+
+    @property
+    def sources(self) -> tuple[Recipe, ...]:
+        return self.parts
+
+    def apply(self, *tensors: Tensor) -> Tensor:
+        """Raises CheckpointError for scales that are not finite."""
+        if tensors[0].is_meta:
+            return torch.empty(self.shape, dtype=torch.float32, device="meta")
+        try:
+            return self.format.dequantize(self.shape, *tensors)
+        except ValueError as error:
+            raise CheckpointError(
+                f"tensor '{self.parts[0]}': {error}. Download the checkpoint again, or quantize anew."
+            ) from error
+
+
 Fetch = Callable[[Leaf], Tensor]
 
 
@@ -190,5 +220,8 @@ def substitute(recipe: Recipe, leaves: Mapping[str, Recipe]) -> Recipe:
             return replace(recipe, source=substitute(recipe.source, leaves))
         case Join():
             return replace(recipe, parts=tuple(substitute(part, leaves) for part in recipe.parts))
+        case Convert(groups):
+            made = tuple((pattern, tuple(substitute(part, leaves) for part in parts)) for pattern, parts in groups)
+            return replace(recipe, groups=made)
         case _:
             return recipe

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from autodeploy.recipes import Cast, Cat, Fetch, Initial, Join, Leaf, Recipe, Stack, evaluate, substitute
+from autodeploy.recipes import Cast, Cat, Dequantize, Fetch, Initial, Join, Leaf, Recipe, Stack, evaluate, substitute
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,8 @@ def _shape_of(recipe: Recipe, fetch: Fetch) -> Tensor:
     """
     if isinstance(recipe, Leaf):
         return torch.empty_like(fetch(recipe), device="meta")
+    if isinstance(recipe, Dequantize):
+        return torch.empty(recipe.shape, dtype=torch.float32, device="meta")
     like = [_shape_of(source, fetch) for source in recipe.sources]
     if not isinstance(recipe, Join):
         return recipe.apply(*like)

@@ -20,7 +20,8 @@ PACKAGE = ROOT / "autodeploy"
 ARROWS = {
     ("errors", "config", "specs", "cache_folder"): (),
     ("custom_ops",): ("errors", "config", "specs"),
-    ("recipes",): ("custom_ops",),
+    ("formats",): ("errors",),
+    ("recipes",): ("custom_ops", "formats"),
     ("weights",): ("recipes",),
     ("checkpoint", "codec"): ("weights",),
     ("graph_file",): ("codec",),

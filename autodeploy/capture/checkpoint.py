@@ -15,20 +15,21 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from autodeploy.capture.conversions import recipes_of
-from autodeploy.checkpoint import CheckpointSource, some
+from autodeploy.capture.quantized import DenseView
+from autodeploy.checkpoint import some
 from autodeploy.errors import CheckpointError, did_you_mean
 from autodeploy.recipes import Convert, Recipe, Take, evaluate
 
 
-def checkpoint_dtype(config: PreTrainedConfig, source: CheckpointSource) -> torch.dtype:
-    """What the config says, else what its first floating tensor is stored in."""
+def checkpoint_dtype(config: PreTrainedConfig, source: DenseView) -> torch.dtype:
+    """What the config says, else what its first floating tensor is stored in that is not quantized."""
     if isinstance(config.dtype, torch.dtype):
         return config.dtype
-    stored = (source.describe(name).dtype for name in source.names())
+    stored = (source.describe(name).dtype for name in source.names() if name not in source.recipes)
     return next((dtype for dtype in stored if dtype.is_floating_point), torch.float32)
 
 
-def checkpoint_recipes(model: Any, source: CheckpointSource, ignore_unexpected: bool = False) -> dict[str, Recipe]:
+def checkpoint_recipes(model: Any, source: DenseView, ignore_unexpected: bool = False) -> dict[str, Recipe]:
     """Model tensor name -> recipe over the checkpoint, with transformers' own renames, conversions and ties.
 
     Raises CheckpointError for tensors that are missing, unexpected or of the wrong shape.
@@ -50,7 +51,7 @@ def checkpoint_recipes(model: Any, source: CheckpointSource, ignore_unexpected: 
     return recipes
 
 
-def _renamed(model: Any, source: CheckpointSource, expected: Mapping[str, Tensor]) -> tuple[dict[str, Recipe], list[str]]:
+def _renamed(model: Any, source: DenseView, expected: Mapping[str, Tensor]) -> tuple[dict[str, Recipe], list[str]]:
     """Recipes found by name, and the checkpoint names that lead nowhere."""
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
@@ -77,7 +78,7 @@ def _renamed(model: Any, source: CheckpointSource, expected: Mapping[str, Tensor
 
 
 def _converted(
-    model: Any, source: CheckpointSource, target: str, groups: Mapping[str, list[str]], converter: WeightConverter
+    model: Any, source: DenseView, target: str, groups: Mapping[str, list[str]], converter: WeightConverter
 ) -> dict[str, Recipe]:
     """One conversion may make several tensors; what they are called and made of is found by running it on meta tensors."""
     convert = _conversion(model, target, converter)
@@ -100,7 +101,7 @@ def _conversion(model: Any, target: str, converter: WeightConverter) -> Callable
     return convert
 
 
-def _refuse_unexpected(model: Any, source: CheckpointSource, unexpected: list[str], ignore: bool) -> None:
+def _refuse_unexpected(model: Any, source: DenseView, unexpected: list[str], ignore: bool) -> None:
     known = {
         *(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()),
         r"rotary_emb\.inv_freq",
@@ -114,7 +115,7 @@ def _refuse_unexpected(model: Any, source: CheckpointSource, unexpected: list[st
         )
 
 
-def _check_shapes(source: CheckpointSource, recipes: Mapping[str, Recipe], expected: Mapping[str, Tensor]) -> None:
+def _check_shapes(source: DenseView, recipes: Mapping[str, Recipe], expected: Mapping[str, Tensor]) -> None:
     for name, recipe in recipes.items():
         have, want = list(evaluate(recipe, source.describe_leaf).shape), list(expected[name].shape)
         if have != want:

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from autodeploy.capture.checkpoint import checkpoint_dtype, checkpoint_recipes
+from autodeploy.capture.quantized import dense_view
 from autodeploy.capture.recurrent_layers import weights_still_to_scale
 from autodeploy.capture.skeleton import build_skeleton, cast_floats, read_config, skeleton_of
-from autodeploy.checkpoint import CheckpointSource, read_json
-from autodeploy.recipes import Cast, Recipe, Take
+from autodeploy.checkpoint import CheckpointSource, raw_config, read_json
+from autodeploy.recipes import Cast, Recipe, Take, substitute
 from autodeploy.specs import ModelFacts
 from autodeploy.weights import LiveSource
 
@@ -67,11 +68,14 @@ def _in_memory(model: Any, dtype: str) -> Origin:
 
 def _in_folder(folder: Path, dtype: str, ignore_unexpected: bool) -> Origin:
     config, source = read_config(folder), CheckpointSource(folder)
-    skeleton: Any = build_skeleton(config, checkpoint_dtype(config, source) if dtype == "auto" else getattr(torch, dtype))
+    view = dense_view(raw_config(folder), source)
+    skeleton: Any = build_skeleton(config, checkpoint_dtype(config, view) if dtype == "auto" else getattr(torch, dtype))
     wanted = {name: tensor.dtype for name, tensor in skeleton.state_dict().items()}
     recipes = {
-        name: _cast(recipe, source.describe(recipe.name).dtype if isinstance(recipe, Take) else None, wanted[name])
-        for name, recipe in checkpoint_recipes(skeleton, source, ignore_unexpected).items()
+        name: _cast(
+            substitute(recipe, view.recipes), view.describe(recipe.name).dtype if isinstance(recipe, Take) else None, wanted[name]
+        )
+        for name, recipe in checkpoint_recipes(skeleton, view, ignore_unexpected).items()
     }
     facts = ModelFacts.of(config, _generation_config(folder))
     return Origin(config, skeleton, recipes, dict(skeleton.named_buffers()), source, facts)

@@ -36,10 +36,9 @@ def read_config(folder: Path) -> PreTrainedConfig:
             f"{folder}: model_type '{model_type}' is not in transformers.{remote}{near} "
             "Use a version of transformers that has it, or a conversion of the model to one it has."
         )
-    if raw.get("quantization_config"):
-        raise UnsupportedModelError(f"{folder}: quantized checkpoints are not supported yet. Use the unquantized checkpoint.")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        vars(config).pop("quantization_config", None)  # how weights are stored is not for the model's code to know
     except (ValueError, TypeError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(

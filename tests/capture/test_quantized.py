@@ -1,0 +1,187 @@
+"""Quantized checkpoints are read as their producers mean them: a dense model of the same numbers gives the same logits."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import autodeploy
+from autodeploy import CheckpointError, SamplingParams, UnsupportedModelError
+from autodeploy.capture.quantized import dense_view
+from autodeploy.checkpoint import CheckpointSource, raw_config
+from autodeploy.recipes import evaluate
+from tests.capture.quantized_formats import PRODUCERS, Producer, integers, pairs
+from tests.models.families import make_model
+
+LLAMA = {"hidden_size": 192, "intermediate_size": 320, "num_hidden_layers": 1}
+"""128 divides neither: a grid of blocks has one that is cut off."""
+ROOT = Path(__file__).parents[2]
+IDS = torch.tensor([[5, 6, 7, 8, 9, 10, 11]])
+BY_NAME = {producer.name: producer for producer in PRODUCERS}
+
+
+def is_linear(name: str, tensor: Tensor) -> bool:
+    return tensor.dim() == 2 and re.search(r"_proj\.weight$", name) is not None
+
+
+def write(folder: Path, producer: Producer, model: Any) -> tuple[Path, Path]:
+    """The checkpoint of a model with other weights: quantized, and dense."""
+    torch.manual_seed(0)
+    quantized, dense = folder / "quantized", folder / "dense"
+    model.save_pretrained(dense)
+    stored, exact = load_file(dense / "model.safetensors"), dict[str, Tensor]()
+    kept = dict(stored)
+    for name, tensor in stored.items():
+        if is_linear(name, tensor):
+            made, numbers = producer.make(*tensor.shape)
+            del kept[name]
+            kept |= {f"{name.removesuffix('weight')}{suffix}": part.contiguous() for suffix, part in made.items()}
+            exact[name] = numbers.float().contiguous()
+    save_file(stored | exact, dense / "model.safetensors")
+    quantized.mkdir()
+    save_file(kept, quantized / "model.safetensors")
+    config = json.loads((dense / "config.json").read_text())
+    (quantized / "config.json").write_text(json.dumps(config | {"quantization_config": producer.settings}))
+    return quantized, dense
+
+
+def logits(folder: Path) -> Tensor:
+    compiled = autodeploy.compile(folder, dtype="float32")
+    found = compiled(IDS)
+    compiled.shutdown()
+    return found
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_a_tiny_llama_in_every_format(name: str, tmp_path: Path) -> None:
+    quantized, dense = write(tmp_path, BY_NAME[name], make_model("llama", **LLAMA))
+    source = CheckpointSource(quantized)
+    view, exact = dense_view(raw_config(quantized), source), load_file(dense / "model.safetensors")
+    assert set(view.recipes) == {key for key, tensor in exact.items() if is_linear(key, tensor)}
+    for key, recipe in view.recipes.items():
+        torch.testing.assert_close(evaluate(recipe, source.fetch), exact[key], rtol=1e-6, atol=1e-9)
+    assert (logits(quantized) - logits(dense)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("name", ["block fp8", "compressed-tensors w4a16", "modelopt nvfp4", "gptq", "awq"])
+def test_experts_that_are_stored_one_by_one(name: str, tmp_path: Path) -> None:
+    quantized, dense = write(tmp_path, BY_NAME[name], make_model("qwen3_moe", moe_intermediate_size=64))
+    assert any(".experts.1." in key for key in dense_view(raw_config(quantized), CheckpointSource(quantized)).recipes)
+    assert (logits(quantized) - logits(dense)).abs().max() < 1e-4
+
+
+def test_gpt_oss_in_mxfp4(tmp_path: Path) -> None:
+    quantized, dense = write(tmp_path, Producer("none", {}, lambda rows, columns: ({}, torch.empty(0))), make_model("gpt_oss"))
+    tensors = load_file(dense / "model.safetensors")
+    made: dict[str, Tensor] = {}
+    make_model("gpt_oss").save_pretrained(dense)
+    exact = load_file(dense / "model.safetensors")
+    for name, tensor in load_file(dense / "model.safetensors").items():
+        if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            made[name] = tensor
+            continue
+        experts, columns, rows = tensor.shape
+        codes, exponents = integers(0, 16, experts, rows, columns), integers(118, 122, experts, rows, columns // 32)
+        table = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0])
+        numbers = table[codes].unflatten(-1, (-1, 32)) * 2.0 ** (exponents - 127)[..., None]
+        exact[name] = numbers.flatten(-2).transpose(1, 2).contiguous()
+        made |= {f"{name}_blocks": pairs(codes).unflatten(-1, (-1, 16)), f"{name}_scales": exponents.to(torch.uint8)}
+    assert len(made) > len(tensors)
+    save_file(exact, dense / "model.safetensors")
+    save_file(made, quantized / "model.safetensors")
+    settings = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    config = json.loads((dense / "config.json").read_text()) | {"quantization_config": settings}
+    (quantized / "config.json").write_text(json.dumps(config))
+    assert (logits(quantized) - logits(dense)).abs().max() < 1e-4
+
+
+def test_settings_in_a_file_of_their_own_and_of_single_layers(tmp_path: Path) -> None:
+    quantized, dense = write(tmp_path, BY_NAME["modelopt fp8"], make_model("llama", **LLAMA))
+    config = raw_config(quantized)
+    del config["quantization_config"]
+    (quantized / "config.json").write_text(json.dumps(config))
+    layers = {"model.layers.0.mlp.up_proj": {"quant_algo": "FP8"}, "model.layers.0.self_attn.q_proj": {"quant_algo": "W9"}}
+    settings = {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8", "exclude_modules": ["lm_head"]}
+    (quantized / "hf_quant_config.json").write_text(json.dumps({"producer": {"name": "modelopt"}, "quantization": settings}))
+    assert (logits(quantized) - logits(dense)).abs().max() < 1e-4
+    (quantized / "hf_quant_config.json").write_text(json.dumps({"quantization": {**settings, "quantized_layers": layers}}))
+    with pytest.raises(UnsupportedModelError, match=r"'W9' \(of 'model\.layers\.0\.self_attn\.q_proj'\)"):
+        autodeploy.compile(quantized)
+
+
+def test_text_from_a_quantized_folder_is_that_of_a_second_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AUTODEPLOY_CACHE_DIR", str(tmp_path / "cache"))
+    quantized, _ = write(tmp_path, BY_NAME["bitsandbytes nf4 nested"], make_model("llama", **LLAMA))
+    params, tokens = SamplingParams(max_tokens=8, ignore_eos=True, temperature=0.0), []
+    for _ in range(2):
+        compiled = autodeploy.compile(quantized)
+        tokens.append(compiled.generate([1, 2, 3], params).outputs[0].token_ids)
+        compiled.shutdown()
+    assert tokens[0] == tokens[1]
+
+
+def change(folder: Path, edit: Callable[[dict[str, Tensor]], None]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def q_proj(suffix: str) -> str:
+    return f"model.layers.0.self_attn.q_proj.{suffix}"
+
+
+BROKEN: dict[str, tuple[str, Callable[[dict[str, Tensor]], Any], str]] = {
+    "a scale is missing": ("block fp8", lambda t: t.pop(q_proj("weight_scale_inv")), "no scales belong to it"),
+    "scales of another shape": (
+        "block fp8",
+        lambda t: t.update({q_proj("weight_scale_inv"): torch.ones(3, 2)}),
+        r"q_proj.weight_scale_inv' has shape \[3, 2\], but a matrix \[192, 192\] in fp8 needs scales \[2, 2\]",
+    ),
+    "zero points are missing": ("gptq", lambda t: t.pop(q_proj("qzeros")), r"q_proj.qzeros' is missing"),
+    "a scale that is no number": (
+        "awq",
+        lambda t: t[q_proj("scales")].fill_(float("nan")),
+        "q_proj.qweight': its scales hold something that is not a finite number",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_a_broken_checkpoint_is_refused_by_the_name_of_its_tensor(what: str, tmp_path: Path) -> None:
+    name, edit, message = BROKEN[what]
+    quantized, _ = write(tmp_path, BY_NAME[name], make_model("llama", **LLAMA))
+    change(quantized, edit)
+    with pytest.raises(CheckpointError, match=message):
+        autodeploy.compile(quantized)
+
+
+def test_groups_that_do_not_divide_and_formats_nobody_reads(tmp_path: Path) -> None:
+    quantized, _ = write(tmp_path, BY_NAME["awq"], make_model("llama", **LLAMA))
+    config = raw_config(quantized)
+    for settings, error, message in (
+        ({**config["quantization_config"], "group_size": 128}, CheckpointError, "groups of 128 do not divide the 320 columns"),
+        ({"quant_method": "gptqq"}, UnsupportedModelError, "quant_method 'gptqq' is not read. Did you mean 'gptq'"),
+        ({**config["quantization_config"], "version": "gemv"}, UnsupportedModelError, "AWQ of version 'gemv'"),
+    ):
+        (quantized / "config.json").write_text(json.dumps({**config, "quantization_config": settings}))
+        with pytest.raises(error, match=message):
+            autodeploy.compile(quantized)
+
+
+def test_the_eager_backend_refuses_what_transformers_may_read_wrongly(tmp_path: Path) -> None:
+    quantized, _ = write(tmp_path, BY_NAME["modelopt fp8"], make_model("llama", **LLAMA))
+    with pytest.raises(UnsupportedModelError, match="backend='pytorch' reads no quantized checkpoint"):
+        autodeploy.LLM(quantized, backend="pytorch", skip_tokenizer_init=True)
+
+
+def test_the_documented_table_has_every_format() -> None:
+    rows = re.findall(r"^\| ([^|]+?) \| .* \| .* \|$", (ROOT / "docs" / "quantization.md").read_text(), re.MULTILINE)[1:]
+    assert [row for row in rows if row not in ("---", "gpt-oss mxfp4")] == [*BY_NAME] and len(BY_NAME) >= 18
