@@ -71,12 +71,9 @@ def _in_folder(folder: Path, dtype: str, ignore_unexpected: bool) -> Origin:
     view = dense_view(raw_config(folder), source)
     skeleton: Any = build_skeleton(config, checkpoint_dtype(config, view) if dtype == "auto" else getattr(torch, dtype))
     wanted = {name: tensor.dtype for name, tensor in skeleton.state_dict().items()}
-    recipes = {
-        name: _cast(
-            substitute(recipe, view.recipes), view.describe(recipe.name).dtype if isinstance(recipe, Take) else None, wanted[name]
-        )
-        for name, recipe in checkpoint_recipes(skeleton, view, ignore_unexpected).items()
-    }
+    found = checkpoint_recipes(skeleton, view, ignore_unexpected)
+    stored = {name: view.describe(recipe.name).dtype if isinstance(recipe, Take) else None for name, recipe in found.items()}
+    recipes = {name: _cast(substitute(recipe, view.recipes), stored[name], wanted[name]) for name, recipe in found.items()}
     facts = ModelFacts.of(config, _generation_config(folder))
     return Origin(config, skeleton, recipes, dict(skeleton.named_buffers()), source, facts)
 

@@ -23,8 +23,7 @@ from autodeploy.recipes import Dequantize, Leaf, Permute, Recipe, Take, evaluate
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 NOT_WEIGHTS = re.compile(
-    r"\.(input_scale|activation_scale|input_global_scale|output_scale|input_zero_point|[qkv]_scale|kv_scale|[kv]_proj\.[kv]_scale"
-    r"|[kv]_bias_scale|prob_output_scale)$"
+    r"\.(input_scale|activation_scale|input_global_scale|output_scale|input_zero_point|[qkv]_scale|kv_scale)$"
 )
 """Scales of activations and of the KV cache, neither of which is quantized yet."""
 

@@ -25,9 +25,8 @@ class DecodeRun:
         self._sampled: list[np.ndarray] = []
         self._steps_left = min(request.max_new_tokens - len(request.output_token_ids) for request in self.requests) - 1
         self._stops = np.zeros(vocab_size, dtype=np.bool_)
-        self._stops[[token for token in set().union(*(request.stop_ids for request in self.requests)) if token < vocab_size]] = (
-            True
-        )
+        for request in self.requests:
+            self._stops[[token for token in request.stop_ids if token < vocab_size]] = True
 
     @classmethod
     def suits(cls, request: Request) -> bool:
