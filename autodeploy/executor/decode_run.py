@@ -1,6 +1,6 @@
 """Requests that all decode, advanced together: while nobody comes, ends or asks, a step costs the same for 1 and for 256.
 
-Their tokens are columns of one array, which reach the requests when the run ends.
+Their tokens are columns of one array, which reach the requests when the run ends, or at once when one of them streams.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from autodeploy.executor.batch import BatchBuilder, WantedRows
+from autodeploy.executor.outputs import RequestHandle
 from autodeploy.executor.request import Request
 from autodeploy.specs import BatchMetadata
 
@@ -17,10 +18,12 @@ from autodeploy.specs import BatchMetadata
 class DecodeRun:
     """Goes on from the step that `batches` has built last, a decode of each of these requests, whose tokens they have."""
 
-    def __init__(self, rows: Sequence[WantedRows], batches: BatchBuilder, vocab_size: int) -> None:
+    def __init__(
+        self, rows: Sequence[WantedRows], batches: BatchBuilder, vocab_size: int, streams: Sequence[RequestHandle] = ()
+    ) -> None:
         self.rows = list(rows)
         self.requests = [row.entry.request for row in rows]
-        self._batches = batches
+        self._batches, self._streams = batches, streams
         self._inputs = np.array([request.output_token_ids[-1] for request in self.requests], dtype=np.int64)
         self._sampled: list[np.ndarray] = []
         self._steps_left = min(request.max_new_tokens - len(request.output_token_ids) for request in self.requests) - 1
@@ -45,13 +48,18 @@ class DecodeRun:
         self._inputs = tokens
         self._sampled.append(tokens)
         self._steps_left -= 1
+        if self._streams:
+            self.hand_over()
         return True
 
-    def end(self) -> None:
-        """Give the requests their tokens."""
+    def hand_over(self) -> None:
+        """Give the requests the tokens that they have not got yet, as at the end of the run."""
         if not self._sampled:
             return
         for request, tokens in zip(self.requests, np.stack(self._sampled, axis=1).tolist(), strict=True):
             request.extend(tokens)
             request.num_computed_tokens = request.num_tokens - 1
             self._batches.kv.update(request)
+        self._sampled.clear()
+        for handle in self._streams:
+            handle.publish()

@@ -121,16 +121,16 @@ class ADExecutor:
         for request, token in zip(requests, self.sampler(logits, requests), strict=True):
             self._take(request, token)
         if self._may_run_on(batch):
-            self._run = DecodeRun(rows, self.batches, self.sampler.vocab_size)
+            handles = [self._handles[request.request_id] for request in requests]
+            streams = [handle for handle in handles if handle.streaming]
+            self._run = DecodeRun(rows, self.batches, self.sampler.vocab_size, streams)
 
     def _may_run_on(self, batch: ScheduledBatch) -> bool:
-        """Whether all that run have just decoded, and nobody but themselves looks at their tokens."""
+        """Whether all that run have just decoded, and nothing but stop ids and lengths decides how they go on."""
         if self.runner.reads_entries or len(batch.requests) != self.scheduler.num_running or not self.scheduler.is_settled:
             return False
         requests = [entry.request for entry in batch.requests if entry.num_tokens == 1 and not entry.request.is_suspect]
-        return len(requests) == len(batch.requests) and all(
-            DecodeRun.suits(request) and not self._handles[request.request_id].streaming for request in requests
-        )
+        return len(requests) == len(batch.requests) and all(map(DecodeRun.suits, requests))
 
     def _step_of_run(self, run: DecodeRun) -> bool:
         """A step without a look at each request; False when it cannot be one, and nothing has been done."""
@@ -154,7 +154,7 @@ class ADExecutor:
 
     def _end_run(self) -> None:
         if self._run is not None:
-            self._run.end()
+            self._run.hand_over()
             self._run = None
 
     def _take(self, request: Request, token: int | ExecutionError) -> None:

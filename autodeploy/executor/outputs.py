@@ -60,55 +60,51 @@ class RequestHandle:
         self.request, self.prompt, self.streaming = request, prompt, streaming
         self._abort = abort
         self._condition = threading.Condition()
-        self._outputs: list[RequestOutput] = []
+        self._marks = [(0, 0)]
+        """Tokens and characters at each output, from before the first. Whoever asks for an output has it built."""
+        self._context_logits: Any = None
         self._listeners: list[Callable[[], None]] = []
-        self._num_tokens = self._num_chars = 0
+        self.finished = False
 
     @property
     def request_id(self) -> int:
         return self.request.request_id
-
-    @property
-    def finished(self) -> bool:
-        return bool(self._outputs) and self._outputs[-1].finished
 
     def abort(self) -> None:
         """End the request; what was generated stays, with finish_reason abort. No harm when it has ended."""
         self._abort(self.request_id)
 
     def publish(self, context_logits: Any = None) -> None:
-        """Called by the engine: record where the request stands. Only the last output is kept unless it streams."""
+        """Called by the engine: note where the request stands. Takes the same time however long the output is."""
+        request = self.request
         with self._condition:
             if self.finished:
                 return
-            self._outputs.append(self._output(context_logits))
+            self._marks.append((len(request.output_token_ids), len(request.text)))
+            self._context_logits, self.finished = context_logits, request.is_finished
             self._condition.notify_all()
             listeners = list(self._listeners)
         for listener in listeners:
             listener()
 
-    def _output(self, context_logits: Any) -> RequestOutput:
-        request = self.request
-        text, token_ids = request.text, list(request.output_token_ids)
-        completion = CompletionOutput(
-            0,
-            text,
-            token_ids,
-            request.finish_reason and request.finish_reason.value,
-            request.stop_reason,
-            text[self._num_chars :],
-            token_ids[self._num_tokens :],
-        )
-        self._num_tokens, self._num_chars = len(token_ids), len(text)
-        ids, done = request.prompt_token_ids, request.is_finished
-        return RequestOutput(request.request_id, self.prompt, ids, [completion], done, request.error, context_logits)
+    def _output(self, i: int) -> RequestOutput:
+        """Output `i` of those published."""
+        request, (tokens_before, chars_before), (num_tokens, num_chars) = self.request, *self._marks[i : i + 2]
+        done = self.finished and i + 2 == len(self._marks)
+        text, token_ids = request.text[:num_chars], request.output_token_ids[:num_tokens]
+        reason = request.finish_reason.value if done and request.finish_reason else None
+        stop_reason = request.stop_reason if done else None
+        diffs = text[chars_before:], token_ids[tokens_before:]
+        completion = CompletionOutput(0, text, token_ids, reason, stop_reason, *diffs)
+        error, logits = (request.error, self._context_logits) if done else (None, None)
+        return RequestOutput(request.request_id, self.prompt, request.prompt_token_ids, [completion], done, error, logits)
 
     def output(self, timeout: float | None = None) -> RequestOutput:
         """The final output, its `error` set when the request failed; TimeoutError when it takes longer (seconds)."""
         with self._condition:
             if not self._condition.wait_for(lambda: self.finished, timeout):
                 raise TimeoutError(f"request {self.request_id} has not finished after {timeout} s")
-            return self._outputs[-1]
+            return self._output(len(self._marks) - 2)
 
     def result(self, timeout: float | None = None) -> RequestOutput:
         """The final output; raises the request's error, or TimeoutError."""
@@ -118,16 +114,16 @@ class RequestHandle:
         for i in itertools.count():
             with self._condition:
                 self._condition.wait_for(functools.partial(self._has, i))
-                item = self._outputs[i]
+                item = self._output(i)
             yield _raised(item)
             if item.finished:
                 return
 
     def _has(self, i: int) -> bool:
-        return len(self._outputs) > i
+        return len(self._marks) > i + 1
 
     async def __aiter__(self) -> AsyncIterator[RequestOutput]:
-        loop, changed, seen = asyncio.get_running_loop(), asyncio.Event(), 0
+        loop, changed = asyncio.get_running_loop(), asyncio.Event()
 
         def wake() -> None:
             with contextlib.suppress(RuntimeError):  # the event loop was closed with this iteration unfinished: nobody waits
@@ -136,15 +132,15 @@ class RequestHandle:
         with self._condition:
             self._listeners.append(wake)
         try:
-            while True:
-                while seen < len(self._outputs):
-                    item = self._outputs[seen]
-                    seen += 1
-                    yield _raised(item)
-                    if item.finished:
-                        return
-                await changed.wait()
-                changed.clear()
+            for i in itertools.count():
+                while not self._has(i):
+                    await changed.wait()
+                    changed.clear()
+                with self._condition:
+                    item = self._output(i)
+                yield _raised(item)
+                if item.finished:
+                    return
         finally:
             self._listeners.remove(wake)
 

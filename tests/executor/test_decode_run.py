@@ -143,11 +143,25 @@ def test_logits_that_are_not_finite_end_their_request_alone(monkeypatch: pytest.
     compiled.shutdown()
 
 
-def test_streamed_and_drawn_requests_are_looked_at_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_drawn_requests_are_looked_at_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = autodeploy.compile(make_model("qwen3"), kv_cache_config=SMALL)
+    with counted(monkeypatch) as steps:
+        compiled.generate([[1, 2]], SamplingParams(max_tokens=12, ignore_eos=True, temperature=1.0))
+    assert not steps
+    compiled.shutdown()
+
+
+def test_streamed_requests_get_each_token_at_once_beside_others(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = autodeploy.compile(make_model("qwen3"), kv_cache_config=SMALL)
     greedy = SamplingParams(max_tokens=12, ignore_eos=True, temperature=0.0)
+    expected = results(compiled, greedy)
     with counted(monkeypatch) as steps:
-        pieces = [len(part.outputs[0].token_ids_diff) for part in compiled.submit([1, 2], greedy, streaming=True)]
-        compiled.generate([[1, 2]], SamplingParams(max_tokens=12, ignore_eos=True, temperature=1.0))
-    assert sum(pieces) == 12 and len(pieces) > 1 and not steps
+        handles = [compiled.submit(prompt, greedy, streaming=i < 2) for i, prompt in enumerate(PROMPTS)]
+        parts = [[part.outputs[0] for part in handle] for handle in handles]
+    assert len(steps) >= 8
+    for found, (token_ids, *_), streams in zip(parts, expected, (True, True, False, False), strict=True):
+        assert found[-1].token_ids == token_ids and found[-1].finish_reason == "length"
+        assert [part.token_ids for part in found] == [token_ids[: i + 1] for i in range(12)] if streams else len(found) == 1
+        assert [token for part in found for token in part.token_ids_diff] == token_ids
+        assert all(part.finish_reason is None for part in found[:-1])
     compiled.shutdown()
