@@ -53,6 +53,8 @@ def compile_observed(args: LLMArgs, *observers: Observer) -> CompiledModel:
     timeline = Timeline()
     if args.backend == "pytorch":
         pipeline_of(args)  # a wrong one is refused all the same
+        if args.quantization is not None:
+            raise ConfigError("backend='pytorch' runs the model as it is; leave 'quantization' out, or use backend='autodeploy'")
         return _eager(args, timeline)
     lowered = _lowered(args, timeline, *observers)
     program = lowered.program
@@ -103,7 +105,7 @@ def pipeline_of(args: LLMArgs) -> Pipeline:
     """The passes that these options ask for."""
     from autodeploy.plugins import edited_pipeline
 
-    return edited_pipeline(args.pipeline, args.plugins, _target(args))
+    return edited_pipeline(args.pipeline, args.plugins, _target(args), args.quantization)
 
 
 def _device(args: LLMArgs) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ def lower(
         origin = origin_of(args.model, args.dtype, args.ignore_unexpected_weights)
     with timeline.phase("export"):
         captured = capture(origin.skeleton, origin.buffers)
+    captured.program.weights = replace(captured.program.weights, formats=origin.formats)
     for observe in observers:
         observe(captured.program, PassRecord("export", 0, timeline.seconds["export"], {}))
     verify = args.verify

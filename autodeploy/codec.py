@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from autodeploy.custom_ops import PROVIDED, SEMANTIC_OPS
 from autodeploy.formats import Format
-from autodeploy.recipes import Cast, Cat, Dequantize, Initial, Permute, Recipe, Reshape, Slice, Stack, Take
+from autodeploy.recipes import Cast, Cat, Dequantize, Initial, Permute, Quantize, Recipe, Reshape, Slice, Stack, Take
 from autodeploy.specs import InputSpec
 
 TORCH_CONSTANTS = (torch.dtype, torch.memory_format, torch.layout)
@@ -113,6 +113,8 @@ def encode_recipe(recipe: Recipe) -> dict[str, Any]:
             return {"reshape": encode_recipe(source), "shape": shape}
         case Slice(source, dim, start, stop):
             return {"slice": encode_recipe(source), "dim": dim, "start": start, "stop": stop}
+        case Quantize(source, form):
+            return {"quantize": encode_recipe(source), "format": asdict(form)}
         case Dequantize(parts, form, shape):
             return {"dequantize": [encode_recipe(part) for part in parts], "format": asdict(form), "shape": shape}
     raise AssertionError(f"{recipe} cannot be saved")
@@ -137,9 +139,15 @@ def decode_recipe(data: Mapping[str, Any]) -> Recipe:
         case {"slice": source, "dim": dim, "start": start, "stop": stop}:
             return Slice(decode_recipe(source), dim, start, stop)
         case {"dequantize": parts, "format": form, "shape": shape}:
-            fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in form.items()}
-            return Dequantize(tuple(decode_recipe(part) for part in parts), Format(**fields), tuple(shape))
+            return Dequantize(tuple(decode_recipe(part) for part in parts), decode_format(form), tuple(shape))
+        case {"quantize": source, "format": form}:
+            return Quantize(decode_recipe(source), decode_format(form))
     raise AssertionError(f"not a recipe: {data}")
+
+
+def decode_format(data: Mapping[str, Any]) -> Format:
+    fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
+    return Format(**fields)
 
 
 # Values

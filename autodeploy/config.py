@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, cast
+from typing import Any, ClassVar, Literal, Self, cast, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -259,6 +259,38 @@ class KVCacheConfig(_Options):
         return _dtype_name(value)
 
 
+class QuantConfig(_Options):
+    """Rounding of weights while a model is compiled, each number to the nearest. Raises `ConfigError`."""
+
+    scheme: Literal["int8", "w8a8", "int4", "fp8", "nvfp4", "mxfp4"] = Field(
+        description="int8, w8a8 (activations of 8 bits too), int4 (the same), fp8, nvfp4 or mxfp4"
+    )
+    group_size: int = Field(
+        default=0, ge=0, multiple_of=8, description="the columns that share a scale, a multiple of 8, of int4; 0 is 32"
+    )
+    lm_head: bool = Field(default=True, description="whether the output head is quantized too, to 8 bits at least")
+    exclude: tuple[str, ...] = Field(default=(), description="names of matrices to leave as they are; * stands for anything")
+
+    @field_validator("scheme", mode="before")
+    @classmethod
+    def _known_scheme(cls, value: object) -> object:
+        known = get_args(cls.model_fields["scheme"].annotation)
+        if value not in known:
+            raise ValueError(f"it is none of {', '.join(known)}.{did_you_mean(str(value), known)}")
+        return value
+
+    @field_validator("exclude", mode="before")
+    @classmethod
+    def _as_names(cls, value: object) -> object:
+        return _as_tuple(value)
+
+    @model_validator(mode="after")
+    def _groups_of_int4(self) -> Self:
+        if self.group_size and self.scheme != "int4":
+            raise ValueError(f"group_size is for scheme='int4'; {self.scheme} has a size of its own. Leave it out")
+        return self
+
+
 class LLMArgs(_Options):
     """Every option of the engine; `LLM` and `compile` take the same names. Raises `ConfigError`."""
 
@@ -268,7 +300,7 @@ class LLMArgs(_Options):
         "max_model_len": "max_seq_len",
     }
     _LATER = _only_neutral(
-        "quantization revision tokenizer_revision hf_token hf_overrides cp_config enable_expert_parallel "
+        "revision tokenizer_revision hf_token hf_overrides cp_config enable_expert_parallel "
         "enable_attention_dp attention_dp_config gpus_per_node max_input_len enable_prefix_caching scheduler_config "
         "async_scheduling cuda_graph_config torch_compile_config compilation_config logits_processors "
         "batched_logits_processor speculative_config guided_decoding_backend structured_outputs_config enable_lora "
@@ -316,7 +348,10 @@ class LLMArgs(_Options):
     ignore_unexpected_weights: bool = Field(
         default=False, description="whether tensors that the model does not use are passed over"
     )
-    quantization: str | None = Field(default=None, description="the weight format to quantize to, or None")
+    quantization: QuantConfig | None = Field(
+        default=None,
+        description="a scheme to quantize to (int8, w8a8, int4, ...), a QuantConfig or a dict of its options, or None",
+    )
     tensor_parallel_size: int = Field(default=1, ge=1, description="the number of ranks that share each layer")
     pipeline_parallel_size: int = Field(default=1, ge=1, description="the number of ranks that layers are divided over")
     moe_expert_parallel_size: int | None = Field(
@@ -360,6 +395,11 @@ class LLMArgs(_Options):
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(value)):
             raise ValueError("no such device")
         return str(value)
+
+    @field_validator("quantization", mode="before")
+    @classmethod
+    def _scheme(cls, value: object) -> object:
+        return {"scheme": value} if isinstance(value, str) else value
 
     @field_validator("plugins", mode="before")
     @classmethod

@@ -6,8 +6,9 @@ known where its checkpoints are read (`capture/quantized.py`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,6 +18,28 @@ E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """What the codes 0 to 7 of a 4-bit float stand for; bit 3 is the sign."""
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 """Which of the eight numbers in a word belongs to which column."""
+
+
+@dataclass(frozen=True)
+class Integers:
+    """Matrices [..., N, K] of whole numbers, as kernels want them: dense = (numbers - zeros) * scales of their group."""
+
+    numbers: Tensor
+    """[..., N, K] int8, as if they had a sign."""
+    scales: Tensor
+    """[..., N, groups] float32."""
+    zeros: Tensor | None
+    """The same; None: all are 0."""
+
+    @property
+    def parts(self) -> tuple[Tensor | None, ...]:
+        return self.numbers, self.scales, self.zeros
+
+    @classmethod
+    def joined(cls, several: Sequence[Integers], join: Callable[[list[Tensor]], Tensor]) -> Integers:
+        """Matrices of one format as one, each of their parts by `join`."""
+        numbers, scales, zeros = zip(*(each.parts for each in several), strict=True)
+        return cls(join(list(numbers)), join(list(scales)), None if zeros[0] is None else join(list(zeros)))
 
 
 @dataclass(frozen=True)
@@ -36,14 +59,43 @@ class Format:
     """What a stored zero point is too small by."""
     settings: tuple[float, ...] = ()
     """Of nf4: numbers that share a scale, scales that share one, and what they are too small by."""
+    activations: int = 0
+    """Bits to which what is multiplied with the matrix may be rounded, each row by itself as it comes; 0: not at all."""
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def is_integers(self) -> bool:
+        """Whether it stands for whole numbers times a scale of their row, or of a group of its columns."""
+        return self.name.startswith("int") and set(self.parts) <= {"codes", "scales", "zeros"} and self.block[0] <= 1
+
+    def integers(self, shape: tuple[int, ...], *tensors: Tensor) -> Integers:
+        """The stored parts as whole numbers and scales. Raises ValueError when a scale is not finite."""
+        part = self._checked(tensors)
+        numbers = LAYOUTS[self.layout](part["codes"], self.bits, shape)
+        half = 1 << (self.bits - 1) if self.layout in TRANSPOSED else 0  # those have no sign
+        zeros = self._by_group(self._zeros(part["zeros"], shape), shape) - half if "zeros" in part else None
+        if half and zeros is None:
+            raise ValueError("it has no zero points")
+        return Integers((numbers - half).to(torch.int8), self._by_group(as_scale(part["scales"]), shape), zeros)
+
+    def _by_group(self, few: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """One number per block -> [..., N, groups]."""
+        few = few.float().reshape(self.scale_shape(shape))
+        few = few.transpose(-1, -2) if self.layout in TRANSPOSED else few
+        return few.expand(*shape[:-1], few.shape[-1]).contiguous()
+
+    def quantize(self, dense: Tensor) -> tuple[Tensor, ...]:
+        """The parts for a dense matrix, each number rounded to the nearest; the largest of a block is the largest there is."""
+        blocks = dense.float().unflatten(-1, (-1, self.block[1] or dense.shape[-1]))
+        most = blocks.abs().amax(-1)
+        codes, scales, *more = ROUNDINGS[self.name](blocks, most.where(most > 0, 1.0))
+        return (codes.flatten(-2), scales, *more)
 
     def dequantize(self, shape: tuple[int, ...], *tensors: Tensor) -> Tensor:
         """The dense matrix in float32. tensors: the parts, in order. Raises ValueError when a scale is not finite."""
-        part = dict(zip(self.parts, tensors, strict=True))
-        for name, stored in part.items():
-            values = as_scale(stored) if name == "scales" else stored
-            if name != "codes" and values.is_floating_point() and not bool(values.isfinite().all()):
-                raise ValueError(f"its {name} hold something that is not a finite number")
+        part = self._checked(tensors)
         if self.layout == "nf4":
             return _nf4(part, shape, self.settings)
         numbers = LAYOUTS[self.layout](part["codes"], self.bits, shape).float()
@@ -55,6 +107,15 @@ class Format:
         if "divisor" in part:
             numbers /= part["divisor"].float()
         return numbers * part["columns"].float() if "columns" in part else numbers
+
+    def _checked(self, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+        """The parts by name. Raises ValueError when a number that is no code is not finite."""
+        part = dict(zip(self.parts, tensors, strict=True))
+        for name, stored in part.items():
+            values = as_scale(stored) if name == "scales" else stored
+            if name != "codes" and values.is_floating_point() and not bool(values.isfinite().all()):
+                raise ValueError(f"its {name} hold something that is not a finite number")
+        return part
 
     def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """[..., rows, columns] of the scales of a matrix of that shape, as they lie in memory."""
@@ -162,3 +223,63 @@ LAYOUTS: dict[str, Callable[[Tensor, int, tuple[int, ...]], Any]] = {
 }
 TRANSPOSED = ("gptq", "awq")
 """Layouts whose scales and zero points are [groups, N]."""
+
+
+# To the nearest. (blocks [..., N, groups, size], largest magnitude of each) -> (codes like the blocks, scales, ...)
+
+
+def _to_int8(blocks: Tensor, most: Tensor) -> tuple[Tensor, ...]:
+    scales = most / 127
+    return (blocks / scales[..., None]).round_().clamp_(-127, 127).to(torch.int8), scales
+
+
+def _to_int4(blocks: Tensor, most: Tensor) -> tuple[Tensor, ...]:
+    """Scales are bfloat16: exact in half of the bytes. 7.5 steps to the largest: the one above 7 loses half a step."""
+    scales = (most / 7.5).bfloat16()
+    return (blocks / scales[..., None]).round_().clamp_(-8, 7).to(torch.int8), scales
+
+
+def _to_fp8(blocks: Tensor, most: Tensor) -> tuple[Tensor, ...]:
+    scales = most / torch.finfo(torch.float8_e4m3fn).max
+    return (blocks / scales[..., None]).to(torch.float8_e4m3fn), scales
+
+
+def _to_mxfp4(blocks: Tensor, most: Tensor) -> tuple[Tensor, ...]:
+    exponents = (most.log2().floor() - 2).clamp(-127, 127)  # the largest code is between 4 and 8 times the scale
+    return _nearest_e2m1(blocks / exponents.exp2()[..., None]), (exponents + 127).to(torch.uint8)
+
+
+def _to_nvfp4(blocks: Tensor, most: Tensor) -> tuple[Tensor, ...]:
+    factor = most.amax() / (E2M1[-1] * torch.finfo(torch.float8_e4m3fn).max)
+    scales = (most / E2M1[-1] / factor).to(torch.float8_e4m3fn)
+    return _nearest_e2m1(blocks / (scales.float() * factor).clamp_min(1e-30)[..., None]), scales, factor.reshape(1)
+
+
+def _nearest_e2m1(values: Tensor) -> Tensor:
+    """Codes, two to a byte along the last dim; ties go to the even code, what is too large to the largest."""
+    middles = torch.tensor([(low + high) / 2 for low, high in pairwise(E2M1)])
+    size = values.abs().contiguous()
+    codes = torch.bucketize(size, middles)
+    is_tie = size == middles[codes.clamp_max(len(middles) - 1)]
+    codes += is_tie & (codes % 2 == 1)
+    codes = (codes | torch.where(values < 0, 8, 0)).to(torch.uint8)
+    return codes[..., ::2] | codes[..., 1::2] << 4
+
+
+ROUNDINGS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, ...]]] = {
+    "int8": _to_int8,
+    "int4": _to_int4,
+    "fp8": _to_fp8,
+    "mxfp4": _to_mxfp4,
+    "nvfp4": _to_nvfp4,
+}
+_WHOLE_ROW = Format("int8", "plain", ("codes", "scales"), block=(1, 0))
+SCHEMES: dict[str, Format] = {
+    "int8": _WHOLE_ROW,
+    "w8a8": replace(_WHOLE_ROW, activations=8),
+    "int4": Format("int4", "plain", ("codes", "scales"), block=(1, 32), bits=4, activations=8),
+    "fp8": replace(_WHOLE_ROW, name="fp8"),
+    "mxfp4": Format("mxfp4", "e2m1", ("codes", "scales"), block=(1, 32), bits=4),
+    "nvfp4": Format("nvfp4", "e2m1", ("codes", "scales", "factor"), block=(1, 16), bits=4),
+}
+"""What a model can be quantized to while it is compiled."""

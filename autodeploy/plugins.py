@@ -16,18 +16,23 @@ from typing import Any, cast
 
 import yaml
 
+from autodeploy.config import QuantConfig
 from autodeploy.errors import AutoDeployError, ConfigError, did_you_mean, with_article
 from autodeploy.specs import Target
 from autodeploy.transforms.default import default_pipeline
 from autodeploy.transforms.pipeline import Pipeline
+from autodeploy.transforms.quantize import QuantizeWeights
 
 GROUP = "autodeploy.plugins"
 Plugin = Callable[[Pipeline], Pipeline]
 
 
-def edited_pipeline(given: Any, plugins: Sequence[str], target: Target) -> Pipeline:
+def edited_pipeline(given: Any, plugins: Sequence[str], target: Target, quantization: QuantConfig | None = None) -> Pipeline:
     """The default pipeline or the one given, as the plugins and then the function given edit it. Raises ConfigError."""
-    edited = apply_plugins(given if isinstance(given, Pipeline) else default_pipeline(target), plugins)
+    quantize = None if quantization is None else QuantizeWeights(**dict(quantization))
+    if isinstance(given, Pipeline) and quantize is not None:
+        raise ConfigError("'quantization' edits the default pipeline; put a QuantizeWeights pass into the one that is given")
+    edited = apply_plugins(given if isinstance(given, Pipeline) else default_pipeline(target, quantize), plugins)
     if given is None or isinstance(given, Pipeline):
         return edited
     if not callable(given) or not isinstance(edited := given(edited), Pipeline):

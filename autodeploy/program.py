@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from autodeploy.codec import decode_recipe, describe, encode_recipe
+from autodeploy.codec import decode_format, decode_recipe, describe, encode_recipe
 from autodeploy.custom_ops import SEMANTIC_OPS
 from autodeploy.errors import ProgramFileError
 from autodeploy.graph_file import ValueReader, encode_node, encode_parameter, read_graph
@@ -162,6 +162,7 @@ class Program:
             "inputs": {name: asdict(spec) for name, spec in self.inputs.items()},
             "caches": {name: {"kind": type(spec).__name__, **asdict(spec)} for name, spec in self.caches.items()},
             "weights": {name: encode_recipe(recipe) for name, recipe in self.weights.recipes.items()},
+            "formats": {name: asdict(stored) for name, stored in self.weights.formats.items()},
             "parameters": {name: encode_parameter(self.parameter(name)) for name in self.weights},
             "rope_thresholds": self.rope_thresholds,
             "providers": {name: [asdict(choice) for choice in choices] for name, choices in self.providers.items()},
@@ -268,7 +269,7 @@ def _statement(node: fx.Node, names: dict[Any, str]) -> str:
 
 # Saving and loading
 
-FILE_NAME, FORMAT_VERSION = "program.json", 2
+FILE_NAME, FORMAT_VERSION = "program.json", 3
 CACHE_KINDS: dict[str, Any] = {kind.__name__: kind for kind in (PagedKV, SlidingWindowKV, LatentKV, RecurrentState)}
 
 
@@ -302,7 +303,10 @@ def _decode(data: dict[str, Any]) -> Program:
         graph=read_graph(data["nodes"], data["parameters"]),
         inputs={name: InputSpec(**{**spec, "shape": tuple(spec["shape"])}) for name, spec in data["inputs"].items()},
         caches={name: _decode_cache(spec) for name, spec in data["caches"].items()},
-        weights=WeightPlan({name: decode_recipe(recipe) for name, recipe in data["weights"].items()}),
+        weights=WeightPlan(
+            {name: decode_recipe(recipe) for name, recipe in data["weights"].items()},
+            {name: decode_format(stored) for name, stored in data["formats"].items()},
+        ),
         rope_thresholds=tuple(data["rope_thresholds"]),
         providers={name: tuple(map(_decode_choice, choices)) for name, choices in data["providers"].items()},
         history=[PassRecord(**record) for record in data["history"]],

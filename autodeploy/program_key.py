@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel
 
 from autodeploy.checkpoint import MODELOPT_FILE, SETTINGS, CheckpointSource, raw_config, read_json
 from autodeploy.config import LLMArgs
@@ -75,6 +76,7 @@ def _options(args: LLMArgs) -> dict[str, str]:
     values = {name: getattr(args, name) for name in type(args).model_fields if name not in WITHOUT_INFLUENCE}
     pool = args.kv_cache_config
     values |= {f"kv_cache_config.{name}": getattr(pool, name) for name in type(pool).model_fields if name not in POOL_SIZE}
+    values |= {name: value.model_dump() for name, value in values.items() if isinstance(value, BaseModel)}
     return {name: _plain(value, f"the option '{name}'") for name, value in values.items()}
 
 

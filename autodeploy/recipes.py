@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from autodeploy.errors import CheckpointError
-from autodeploy.formats import Format
+from autodeploy.formats import Format, Integers
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -193,14 +196,35 @@ class Dequantize(Recipe):
         """Raises CheckpointError for scales that are not finite."""
         if tensors[0].is_meta:
             return torch.empty(self.shape, dtype=torch.float32, device="meta")
+        return self.with_blame(lambda: self.format.dequantize(self.shape, *tensors))
+
+    def with_blame(self, work: Callable[[], T]) -> T:
+        """What the work gives; a ValueError of its becomes a CheckpointError that names the tensor."""
         try:
-            return self.format.dequantize(self.shape, *tensors)
+            return work()
         except ValueError as error:
             raise CheckpointError(
                 f"tensor '{self.parts[0]}': {error}. Download the checkpoint again, or quantize anew."
             ) from error
 
 
+@dataclass(frozen=True)
+class Quantize(Unary):
+    """The matrix that is nearest to the source in a format, dense, in the source's dtype."""
+
+    format: Format
+
+    def __str__(self) -> str:
+        return f"quantize({self.source}, {self.format})"
+
+    def apply(self, *tensors: Tensor) -> Tensor:
+        (dense,) = tensors
+        if dense.is_meta:
+            return dense
+        return self.format.dequantize(tuple(dense.shape), *self.format.quantize(dense)).to(dense.dtype)
+
+
+MILLION = 1 << 20
 Fetch = Callable[[Leaf], Tensor]
 
 
@@ -209,6 +233,43 @@ def evaluate(recipe: Recipe, fetch: Fetch) -> Tensor:
     if isinstance(recipe, Leaf):
         return fetch(recipe)
     return recipe.apply(*(evaluate(source, fetch) for source in recipe.sources))
+
+
+def format_of(recipe: Recipe, stored: Mapping[str, Format]) -> Format | None:
+    """The one format in which all numbers of a recipe's tensor are to be had; None where there is none.
+
+    stored: formats of the tensors that `Take` names, where these are not dense.
+    """
+    match recipe:
+        case Take(name):
+            return stored.get(name)
+        case Dequantize() | Quantize():
+            return recipe.format
+        case Cast(source):
+            return format_of(source, stored)
+        case Join(parts, dim=0):
+            formats = {format_of(part, stored) for part in parts}
+            return formats.pop() if len(formats) == 1 else None
+        case _:
+            return None
+
+
+def integers(recipe: Recipe, fetch: Fetch) -> Integers:
+    """The tensor of a recipe whose format is one of whole numbers, as such; `fetch` answers for the leaves."""
+    match recipe:
+        case Dequantize(parts, format, shape):
+            return recipe.with_blame(lambda: format.integers(shape, *(evaluate(part, fetch) for part in parts)))
+        case Quantize(source, format):
+            dense = evaluate(source, fetch)
+            parts = dense.split(max(1, MILLION // max(1, dense[0].numel())))  # as float32 they should fit in the caches
+            return Integers.joined([format.integers(tuple(part.shape), *format.quantize(part)) for part in parts], torch.cat)
+        case Cast(source):
+            return integers(source, fetch)
+        case Stack(parts):
+            return Integers.joined([integers(part, fetch) for part in parts], torch.stack)
+        case Cat(parts):
+            return Integers.joined([integers(part, fetch) for part in parts], torch.cat)
+    raise AssertionError(f"{recipe} is not made of whole numbers")
 
 
 def substitute(recipe: Recipe, leaves: Mapping[str, Recipe]) -> Recipe:

@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from autodeploy.recipes import Cast, Cat, Dequantize, Fetch, Initial, Join, Leaf, Recipe, Stack, evaluate, substitute
+from autodeploy.formats import Format, Integers
+from autodeploy.recipes import (
+    Cast,
+    Cat,
+    Dequantize,
+    Fetch,
+    Initial,
+    Join,
+    Leaf,
+    Recipe,
+    Stack,
+    evaluate,
+    format_of,
+    integers,
+    substitute,
+)
 
 
 @dataclass(frozen=True)
@@ -18,6 +33,8 @@ class WeightPlan:
     """Parameter name -> recipe. Passes edit it together with the graph; no tensor exists while they do."""
 
     recipes: Mapping[str, Recipe]
+    formats: Mapping[str, Format] = field(default_factory=dict)
+    """Tensor that recipes take -> how it is stored, where it is not dense."""
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.recipes)
@@ -29,12 +46,17 @@ class WeightPlan:
         return self.recipes[name]
 
     def with_recipes(self, changed: Mapping[str, Recipe]) -> WeightPlan:
-        return WeightPlan({**self.recipes, **changed})
+        return replace(self, recipes={**self.recipes, **changed})
 
     def without(self, names: set[str]) -> WeightPlan:
-        return WeightPlan({name: recipe for name, recipe in self.recipes.items() if name not in names})
+        return replace(self, recipes={name: recipe for name, recipe in self.recipes.items() if name not in names})
+
+    def format_of(self, name: str) -> Format | None:
+        """The format of a parameter, all of it; None: it is dense, or in several."""
+        return format_of(self.recipes[name], self.formats)
 
     def substitute(self, leaves: Mapping[str, Recipe]) -> WeightPlan:
+        """The plan over the tensors that `leaves` are made of."""
         return WeightPlan({name: substitute(recipe, leaves) for name, recipe in self.recipes.items()})
 
 
@@ -60,14 +82,18 @@ class LiveSource:
 
 
 def materialize(
-    plan: WeightPlan, source: TensorSource, device: str = "cpu", used_up: Collection[str] = ()
-) -> Iterator[tuple[str, Tensor]]:
+    plan: WeightPlan, source: TensorSource, device: str = "cpu", used_up: Collection[str] = (), as_integers: Collection[str] = ()
+) -> Iterator[tuple[str, Tensor | Integers]]:
     """Yield (parameter name, tensor) one at a time: at most one parameter exists beside those already yielded.
 
     A parameter that is a live tensor unchanged *is* that tensor; one that would still point into a mapped file is copied.
-    used_up: names of those that are read at once and not kept, and so need no copy.
+    used_up: names of those that are read at once and not kept, and so need no copy. as_integers: names of those that are not
+    made dense.
     """
     for name, recipe in plan.recipes.items():
+        if name in as_integers:
+            yield name, integers(recipe, source.fetch)
+            continue
         fetched: list[Tensor] = []
 
         def fetch(leaf: Leaf, fetched: list[Tensor] = fetched) -> Tensor:

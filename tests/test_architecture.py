@@ -19,9 +19,9 @@ PACKAGE = ROOT / "autodeploy"
 # Each line: parts of the package <- the parts they may import, besides their own line and all that lies further upstream.
 ARROWS = {
     ("errors", "config", "specs", "cache_folder"): (),
-    ("custom_ops",): ("errors", "config", "specs"),
     ("formats",): ("errors",),
-    ("recipes",): ("custom_ops", "formats"),
+    ("custom_ops",): ("config", "specs", "formats"),
+    ("recipes",): ("custom_ops",),
     ("weights",): ("recipes",),
     ("checkpoint", "codec"): ("weights",),
     ("graph_file",): ("codec",),

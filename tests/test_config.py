@@ -180,7 +180,7 @@ def test_max_batch_size_follows_a_small_token_budget() -> None:
         ({"block_size": 16}, ["kv_cache_config={'page_size': ...}"]),
         ({"load_format": "dummy"}, ["load_format='dummy' is not supported yet"]),
         ({"tensor_parallel_size": 2}, ["tensor_parallel_size=2 is not supported yet"]),
-        ({"quantization": "fp8"}, ["quantization='fp8' is not supported yet"]),
+        ({"quantization": "fp9"}, ["scheme='fp9' is refused", "Did you mean 'fp8'"]),
         ({"speculative_config": {"method": "ngram"}}, ["speculative_config", "not supported yet"]),
     ],
 )

@@ -50,7 +50,7 @@ def members(name: str, cls: type) -> Iterator[str]:
         yield from (f"{item.name} = {item.value!r}" for item in cls)
     elif issubclass(cls, BaseModel):
         yield from (f"{key}: {annotation(field.annotation)}{default(field)}" for key, field in cls.model_fields.items())
-        yield from (f"{alias} means {key}" for alias, key in vars(cls)["_ALIASES"].items())
+        yield from (f"{alias} means {key}" for alias, key in cls._ALIASES.items())
     elif "__init__" in vars(cls) and name not in MADE_FOR_THE_USER:
         yield f"__init__{inspect.signature(cls.__init__)}"
     for key, member in vars(cls).items():

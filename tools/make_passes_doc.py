@@ -9,6 +9,7 @@ from dataclasses import MISSING, Field, fields
 from pathlib import Path
 
 from autodeploy import Effect, Transform, default_pipeline
+from autodeploy.transforms.quantize import QuantizeWeights
 
 ROOT = Path(__file__).parents[1]
 FILE = ROOT / "docs" / "passes.md"
@@ -23,17 +24,19 @@ HEADER = """# The passes
 
 Written by `python tools/make_passes_doc.py` from the docstrings and fields of the passes; a test fails when it is stale.
 
-`autodeploy.default_pipeline()` runs these, in this order, on a program fresh from torch.export. What one of them does to a
-model is shown by `autodeploy inspect MODEL --diff PASS`. The effect is what a pass may change beside the graph, and is
-checked each time it runs. Options are set with `pipeline.configure(name, option=value)` or `--set name.option=value`. How to
-write a pass of your own: [write-a-pass.md](write-a-pass.md).
+`autodeploy.default_pipeline()` runs these, in this order, on a program fresh from torch.export; `quantize` only where
+`quantization=` asks for it. What one of them does to a model is shown by `autodeploy inspect MODEL --diff PASS`. The effect
+is what a pass may change beside the graph, and is checked each time it runs. Options are set with
+`pipeline.configure(name, option=value)` or `--set name.option=value`. How to write a pass of your own:
+[write-a-pass.md](write-a-pass.md).
 """
 
 
 def passes_doc() -> str:
-    rows = [f"| {i} | [`{item.name}`](#{item.name}) | {item.effect.value} |" for i, item in enumerate(default_pipeline(), 1)]
+    passes = default_pipeline(quantize=QuantizeWeights())
+    rows = [f"| {i} | [`{item.name}`](#{item.name}) | {item.effect.value} |" for i, item in enumerate(passes, 1)]
     table = "\n".join(["|   | pass | effect |", "|---|---|---|", *rows])
-    return "\n".join([HEADER, f"{table}\n", *(line for item in default_pipeline() for line in section(item))])
+    return "\n".join([HEADER, f"{table}\n", *(line for item in passes for line in section(item))])
 
 
 def section(item: Transform) -> Iterator[str]:

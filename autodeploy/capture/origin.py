@@ -16,7 +16,8 @@ from autodeploy.capture.quantized import dense_view
 from autodeploy.capture.recurrent_layers import weights_still_to_scale
 from autodeploy.capture.skeleton import build_skeleton, cast_floats, read_config, skeleton_of
 from autodeploy.checkpoint import CheckpointSource, raw_config, read_json
-from autodeploy.recipes import Cast, Recipe, Take, substitute
+from autodeploy.formats import Format
+from autodeploy.recipes import Cast, Recipe, Take, format_of, substitute
 from autodeploy.specs import ModelFacts
 from autodeploy.weights import LiveSource
 
@@ -32,6 +33,12 @@ class Origin:
     buffers: Mapping[str, Tensor]
     source: LiveSource | CheckpointSource
     facts: ModelFacts
+
+    @property
+    def formats(self) -> dict[str, Format]:
+        """Of the tensors of the skeleton that are not stored dense."""
+        found = {name: format_of(recipe, {}) for name, recipe in self.recipes.items()}
+        return {name: stored for name, stored in found.items() if stored is not None}
 
     def source_with(self, initial: Mapping[str, Tensor]) -> LiveSource | CheckpointSource:
         """The source, knowing the values of a captured program's initial buffers too."""

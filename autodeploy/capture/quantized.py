@@ -183,7 +183,8 @@ def _modelopt_matrix(reader: _Reader, prefix: str, algorithm: str, group: int | 
             shape = (rows, columns)
             form = {"name": "fp8", "layout": "plain", "block": reader.block_of(scales, shape, (128, 128))}
         case "W8A8_SQ_PER_CHANNEL" | "W8A16":
-            shape, form = (rows, columns), {"name": "int8", "layout": "plain", "block": (1, 0)}
+            bits = 8 if algorithm.startswith("W8A8") else 0
+            shape, form = (rows, columns), {"name": "int8", "layout": "plain", "block": (1, 0), "activations": bits}
         case "MXFP8":
             shape, form = (rows, columns), {"name": "mxfp8", "layout": "plain", "block": (1, 32)}
         case "NVFP4" | "NVFP4_AWQ" | "W4A16_NVFP4":
@@ -235,6 +236,8 @@ def _compressed_tensors(reader: _Reader) -> None:
         name = ("mxfp8" if exponents else "fp8") if is_float else "int8"
         zeros = {"zeros": f"{prefix}.weight_zero_point"} if f"{prefix}.weight_zero_point" in reader.stored else {}
         form = {"name": name, "layout": "plain", "block": reader.block_of(scales, shape, grid)}
+        if name == "int8":
+            form["activations"] = 8 if (_group_of(reader, prefix).get("input_activations") or {}).get("num_bits") == 8 else 0
         reader.add(weight, form, shape, codes=weight, scales=scales, **zeros)
 
 
@@ -252,10 +255,11 @@ def _packed_matrix(reader: _Reader, prefix: str) -> None:
     rows, columns = (int(size) for size in reader.value(f"{prefix}.weight_shape").tolist())
     weights = _weights_of(reader, prefix)
     bits, parts = int(weights.get("num_bits") or 4), {"codes": packed, "scales": scales}
-    for role, suffix in (("zeros", "weight_zero_point"), ("order", "weight_g_idx")):
-        if f"{prefix}.{suffix}" in reader.stored:
-            parts[role] = f"{prefix}.{suffix}"
     size = int(weights.get("group_size") or 0)
+    if f"{prefix}.weight_zero_point" in reader.stored:
+        parts["zeros"] = f"{prefix}.weight_zero_point"
+    if f"{prefix}.weight_g_idx" in reader.stored:
+        parts["order"] = f"{prefix}.weight_g_idx"
     block = (1, size) if size > 0 else (1, 0)
     reader.add(
         f"{prefix}.weight", {"name": f"int{bits}", "layout": "stream", "block": block, "bits": bits}, (rows, columns), **parts
@@ -264,15 +268,19 @@ def _packed_matrix(reader: _Reader, prefix: str) -> None:
 
 
 def _weights_of(reader: _Reader, prefix: str) -> dict[str, Any]:
-    """How the weights of a module are quantized: a target is a class, a name, or `re:` and what names begin with."""
+    """How the weights of a module are quantized."""
+    return _group_of(reader, prefix)["weights"]
+
+
+def _group_of(reader: _Reader, prefix: str) -> dict[str, Any]:
+    """How a module is quantized: a target is a class, a name, or `re:` and what names begin with."""
     groups = [group for group in (reader.settings.get("config_groups") or {}).values() if group.get("weights")]
     for group in groups:
         for target in group.get("targets") or ():
             pattern = target.removeprefix("re:")
             if prefix == target or (target.startswith("re:") and re.match(pattern, prefix)):
-                return group["weights"]
-    by_class = [group["weights"] for group in groups if "Linear" in (group.get("targets") or ())]
-    found = by_class or [group["weights"] for group in groups]
+                return group
+    found = [group for group in groups if "Linear" in (group.get("targets") or ())] or groups
     if not found:
         raise CheckpointError(f"{reader.view.folder}: config.json does not say how '{prefix}' is quantized (config_groups).")
     return found[0]
@@ -292,7 +300,9 @@ def _gptq(reader: _Reader) -> None:
         size = int(settings.get("group_size", -1))
         parts = {"codes": "qweight", "scales": "scales", "zeros": "qzeros"}
         if f"{prefix}.g_idx" in reader.stored:
-            parts["order"] = "g_idx"
+            if settings.get("desc_act"):
+                parts["order"] = "g_idx"
+            reader.view.hidden.add(f"{prefix}.g_idx")  # else it says that groups are of neighbours
         form = {
             "name": f"int{bits}",
             "layout": "gptq",

@@ -30,7 +30,7 @@ from autodeploy.cache_folder import cache_folder
 
 SOURCES = Path(__file__).parent / "kernels"
 ISAS = {
-    "avx512_bf16": ("avx512f", "avx512bw", "avx512dq", "avx512vl", "fma", "avx512_bf16"),
+    "avx512_bf16": ("avx512f", "avx512bw", "avx512dq", "avx512vl", "fma", "avx512_bf16", "avx512_vnni"),
     "avx512": ("avx512f", "avx512bw", "avx512dq", "avx512vl", "fma"),
     "avx2": ("avx2", "fma"),
     "generic": (),
@@ -44,6 +44,7 @@ FLAGS = (
     "-fno-math-errno",
     "-fno-trapping-math",
     "-ffp-contract=fast",
+    "-fno-tree-pre",  # it fetches operands of the next round early, and the sums of this one no longer fit in registers
     "-Wall",
     "-Wno-psabi",
 )

@@ -20,9 +20,9 @@ WIDTH = 64
 """Outputs of a panel."""
 HUGE_PAGE = 1 << 21
 
-_pack = cpp.Kernel("pack_linear", "pplll")
+_pack = cpp.Kernel("pack_panels", "pplll")
 _linear = cpp.Kernel("linear", "plpppllll")
-_embedding = cpp.Kernel("embedding", "ppplll")
+_rows = cpp.Kernel("panel_rows", "ppplll")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +40,16 @@ class Panels:
 
 def pack_panels(weight: Tensor, call: Mapping[str, Any] | None = None) -> Panels:
     """weight [N, K] of bfloat16, K even; zeros where a panel is not full."""
-    weight = weight.detach().contiguous()
-    num_outputs, num_inputs = weight.shape
-    panels = _on_huge_pages(-(-num_outputs // WIDTH) * WIDTH * num_inputs)
-    _pack(weight.data_ptr(), panels.data_ptr(), num_outputs, num_inputs, torch.get_num_threads())
-    return Panels(panels, num_outputs, num_inputs)
+    return Panels(pack_words(weight.detach()), *weight.shape)
+
+
+def pack_words(weight: Tensor) -> Tensor:
+    """weight [N, row], a row of whole words of 32 bits -> the same in panels, of its dtype."""
+    weight = weight.contiguous()
+    num_outputs, words = weight.shape[0], weight.shape[1] * weight.element_size() // 4
+    panels = _on_huge_pages(4 * -(-num_outputs // WIDTH) * WIDTH * words)
+    _pack(weight.data_ptr(), panels.data_ptr(), num_outputs, words, torch.get_num_threads())
+    return panels.view(weight.dtype)
 
 
 def panel_linear(x: Tensor, weight: Panels, bias: Tensor | None = None) -> Tensor:
@@ -70,7 +75,7 @@ def panel_embedding(weight: Panels, indices: Tensor, *_: object) -> Tensor:
     """As `embedding`, of a table as `pack_panels` has made it, which is then the head's weight too."""
     out = weight.data.new_empty((*indices.shape, weight.num_inputs))
     ids = indices.contiguous()
-    _embedding(ids.data_ptr(), weight.data.data_ptr(), out.data_ptr(), ids.numel(), weight.num_inputs, torch.get_num_threads())
+    _rows(ids.data_ptr(), weight.data.data_ptr(), out.data_ptr(), ids.numel(), weight.num_inputs // 2, torch.get_num_threads())
     return out
 
 
@@ -88,21 +93,25 @@ def _panel_expert(panels: Panels, x: Tensor, bias: Tensor | None) -> Tensor:
     return panel_linear(x, panels, bias)
 
 
+def against_bfloat16(target: Any, *tensors: Tensor | None) -> list[str]:
+    """The reasons against kernels whose rows are bfloat16."""
+    for dtype in {tensor.dtype for tensor in tensors if tensor is not None} - {torch.bfloat16}:
+        return [f"it has no {str(dtype).removeprefix('torch.')}"]
+    return cpp.against_cpp(target) or (["this CPU has no dot product of bfloat16"] if cpp.isa() != "avx512_bf16" else [])
+
+
 def against_panels(target: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> list[str]:
     """The reasons against a linear layer in panels."""
-    dtypes = {tensor.dtype for tensor in (input, weight, bias) if tensor is not None}
-    return against_table(target, weight) or (
-        ["input, weight and bias are not all bfloat16"] if dtypes != {torch.bfloat16} else []
-    )
+    return against_bfloat16(target, input, weight, bias) or _against_rows(weight)
 
 
 def against_table(target: Any, weight: Tensor, **_: Any) -> list[str]:
-    """The reasons against a weight in panels."""
-    if weight.dtype != torch.bfloat16:
-        return [f"it has no {str(weight.dtype).removeprefix('torch.')}"]
-    if weight.shape[-1] % 2:
-        return ["a row of the weight has an odd number of values"]
-    return cpp.against_cpp(target) or (["this CPU has no dot product of bfloat16"] if cpp.isa() != "avx512_bf16" else [])
+    """The reasons against a table in panels."""
+    return against_bfloat16(target, weight) or _against_rows(weight)
+
+
+def _against_rows(weight: Tensor) -> list[str]:
+    return ["a row of the weight has an odd number of values"] if weight.shape[-1] % 2 else []
 
 
 def against_expert_panels(target: Any, x: Tensor, gate_up: Tensor, down: Tensor, **_: Any) -> list[str]:
@@ -111,16 +120,15 @@ def against_expert_panels(target: Any, x: Tensor, gate_up: Tensor, down: Tensor,
     return against_panels(target, x, gate_up, None) or (["a row of a weight has an odd number of values"] if odd else [])
 
 
-def _on_huge_pages(num_values: int) -> Tensor:
-    """Memory for that many bfloat16 values, in pages of 2 MB where the system gives them: one page walk where there were 512."""
-    size = 2 * num_values
-    if size < HUGE_PAGE:
-        return torch.empty(num_values, dtype=torch.bfloat16)
-    area = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared memory gets none
+def _on_huge_pages(num_bytes: int) -> Tensor:
+    """Memory for that many bytes, in pages of 2 MB where the system gives them: one page walk where there were 512."""
+    if num_bytes < HUGE_PAGE:
+        return torch.empty(num_bytes, dtype=torch.uint8)
+    area = mmap.mmap(-1, num_bytes + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared memory gets none
     area.madvise(mmap.MADV_HUGEPAGE)
-    values = torch.frombuffer(area, dtype=torch.bfloat16)
-    first = -values.data_ptr() % HUGE_PAGE // 2
-    return values[first : first + num_values]
+    whole = torch.frombuffer(area, dtype=torch.uint8)
+    first = -whole.data_ptr() % HUGE_PAGE
+    return whole[first : first + num_bytes]
 
 
 linear_op.register(Provider("cpp", panel_linear, against_panels, {"weight": pack_panels}))

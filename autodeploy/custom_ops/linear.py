@@ -27,11 +27,11 @@ def embedding(weight: Tensor, indices: Tensor, *_: object) -> Tensor:
 
 
 def packed_linear(x: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
-    """As `linear`, of a weight as `pack` has made it."""
+    """As `linear`, of a weight as `pack_onednn` has made it."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
-def pack(weight: Tensor, call: Mapping[str, Any] | None = None) -> Any:
+def pack_onednn(weight: Tensor, call: Mapping[str, Any] | None = None) -> Any:
     """The weight [N, K] in oneDNN's own layout: opaque, with no storage to look at."""
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), None)
 
@@ -50,4 +50,4 @@ def against_packing(target: Any, input: Tensor, weight: Tensor, bias: Tensor | N
 
 linear_op = adopted_op(torch.ops.aten.linear.default, linear)
 embedding_op = adopted_op(torch.ops.aten.embedding.default, embedding)
-linear_op.register(Provider("onednn", packed_linear, against_packing, {"weight": pack}))
+linear_op.register(Provider("onednn", packed_linear, against_packing, {"weight": pack_onednn}))

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from autodeploy.custom_ops.linear import against_packing, pack, packed_linear
+from autodeploy.custom_ops.linear import against_packing, pack_onednn, packed_linear
 from autodeploy.custom_ops.op import Provider, semantic_op
 from autodeploy.custom_ops.pointwise import ACTIVATIONS
 
@@ -124,7 +124,7 @@ def expert_matrices(weights: Tensor, call: Mapping[str, Any]) -> Iterator[Tensor
 
 def pack_experts(weights: Tensor, call: Mapping[str, Any]) -> list[Expert]:
     """Each expert's matrix in oneDNN's own layout."""
-    return [_packed_expert(pack(matrix)) for matrix in expert_matrices(weights, call)]
+    return [_packed_expert(pack_onednn(matrix)) for matrix in expert_matrices(weights, call)]
 
 
 def _packed_expert(packed: Any) -> Expert:

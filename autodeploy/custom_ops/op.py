@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from inspect import signature
 from traceback import walk_tb
+from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.fx.node import has_side_effect
 
 from autodeploy.errors import TransformError
+from autodeploy.formats import Format
 
 LIBRARY = torch.library.Library("autodeploy", "DEF")
+NONE: Mapping[str, Any] = MappingProxyType({})
 SEMANTIC_OPS: dict[Any, SemanticOp] = {}
 """torch overload -> the semantic op behind it."""
 PROVIDED: dict[Any, tuple[SemanticOp, Provider]] = {}
@@ -32,9 +34,11 @@ class Provider:
     name: str
     function: Callable[..., Any]
     supports: Callable[..., list[str]] = field(default=lambda target, **_: [])
-    packs: Mapping[str, Callable[[Tensor, Mapping[str, Any]], Any]] = field(default_factory=dict)
+    packs: Mapping[str, Callable[[Any, Mapping[str, Any]], Any]] = field(default_factory=dict)
     """Arguments that must be parameters, and what lays each out once, while loading: (parameter, the call's arguments by name)
     -> what `function` is given in its place."""
+    against_format: Callable[[Format], list[str]] | None = None
+    """The reasons against a format of whole numbers. A provider that has this packs `Integers`, where others pack tensors."""
 
 
 @dataclass(eq=False)
@@ -58,19 +62,17 @@ class SemanticOp:
         PROVIDED[provider.function] = self, provider
 
     def choose(
-        self, target: Any, *args: Any, parameters: Collection[str] = (), **kwargs: Any
+        self, target: Any, *args: Any, parameters: Mapping[str, Format | None] = NONE, **kwargs: Any
     ) -> tuple[Provider, dict[str, list[str]]]:
         """The first provider with nothing against it, and the reasons against those before it.
 
-        parameters: names of the arguments that are parameters as they are, and so can be packed.
+        parameters: the arguments that are parameters as they are, and so can be packed, each with its format (None: dense).
         """
         against: dict[str, list[str]] = {}
         for provider in self.providers:
-            reasons = [
-                f"its {name} is computed in the graph, or read as it is elsewhere"
-                for name in provider.packs
-                if name not in parameters
-            ]
+            if provider.against_format is not None and not any(parameters.get(name) for name in provider.packs):
+                continue  # nothing is quantized
+            reasons = [reason for name in provider.packs for reason in _against_packing(provider, name, parameters)]
             if not (reasons := reasons or self.reasons_against(provider, target, *args, **kwargs)):
                 return provider, against
             against[provider.name] = reasons
@@ -87,6 +89,16 @@ class SemanticOp:
         if not isinstance(reasons, list | tuple):
             raise TransformError(f"{blamed} returned {reasons!r}; it must return the list of reasons against, empty for none")
         return list(reasons)
+
+
+def _against_packing(provider: Provider, name: str, parameters: Mapping[str, Format | None]) -> list[str]:
+    """The reasons against packing an argument."""
+    if name not in parameters:
+        return [f"its {name} is computed in the graph, or read as it is elsewhere"]
+    stored = parameters[name]
+    if provider.against_format is None:
+        return []
+    return [f"its {name} is dense"] if stored is None else provider.against_format(stored)
 
 
 def provider_at_work(error: BaseException) -> str:

@@ -16,6 +16,7 @@ from autodeploy.executor.cores import available_cores
 from autodeploy.executor.packing import parameter_uses, read_packed, release_freed_memory
 from autodeploy.executor.recorded_step import Arena, RecordedStep, can_record, record
 from autodeploy.executor.request import Request
+from autodeploy.formats import Integers
 from autodeploy.program import Program
 from autodeploy.specs import BatchMetadata
 from autodeploy.weights import TensorSource, materialize
@@ -61,11 +62,15 @@ class ModelRunner:
         tensors: dict[str, Tensor] = {}
         uses = parameter_uses(program)
         packed = {name for name, use in uses.items() if not use.dense}
-        for name, tensor in materialize(program.weights, source, device, used_up=packed):
+        as_integers = {name for name, use in uses.items() if use.as_integers}
+        for name, tensor in materialize(program.weights, source, device, packed, as_integers):
             planned = program.parameter(name)
-            assert (tensor.shape, tensor.dtype) == (planned.shape, planned.dtype), (
-                f"{name}: {program.weights[name]} gives {tensor.shape}"
-            )
+            if isinstance(tensor, Integers):
+                assert tensor.numbers.shape == planned.shape, f"{name}: {program.weights[name]} gives {tensor.numbers.shape}"
+            else:
+                assert (tensor.shape, tensor.dtype) == (planned.shape, planned.dtype), (
+                    f"{name}: {program.weights[name]} gives {tensor.shape}"
+                )
             uses[name].store(tensors, name, tensor)
             on_parameter(name)
         release_freed_memory()

@@ -13,6 +13,7 @@ from torch import Tensor, fx
 
 from autodeploy.custom_ops import PROVIDED
 from autodeploy.custom_ops.op import call_arguments
+from autodeploy.formats import Integers
 from autodeploy.program import Program
 
 
@@ -20,12 +21,14 @@ from autodeploy.program import Program
 class ParameterUses:
     """Who reads a parameter of a lowered program."""
 
-    packers: dict[str, Callable[[Tensor], Any]] = field(default_factory=dict)
+    packers: dict[str, Callable[[Any], Any]] = field(default_factory=dict)
     """Attribute of the executable graph -> what makes it of the parameter."""
     dense: bool = False
     """Something reads it as it is."""
+    as_integers: bool = False
+    """Those that pack it want whole numbers and scales."""
 
-    def store(self, tensors: dict[str, Any], name: str, tensor: Tensor) -> None:
+    def store(self, tensors: dict[str, Any], name: str, tensor: Tensor | Integers) -> None:
         """Put the parameter among the tensors of the executable graph in every form in which it is read."""
         for attribute, pack in self.packers.items():
             tensors[attribute] = pack(tensor)
@@ -40,6 +43,7 @@ def parameter_uses(program: Program) -> dict[str, ParameterUses]:
         for user in node.users if node.op == "get_attr" else ():
             use, packed = uses[str(node.target)], dict(_packed(user, node))
             use.packers |= packed
+            use.as_integers |= bool(packed) and PROVIDED[user.target][1].against_format is not None
             if user.all_input_nodes.count(node) and not packed:
                 use.dense = True
     return dict(uses)
@@ -62,7 +66,7 @@ def read_packed(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
-def _packed(call: fx.Node, parameter: fx.Node) -> Iterator[tuple[str, Callable[[Tensor], Any]]]:
+def _packed(call: fx.Node, parameter: fx.Node) -> Iterator[tuple[str, Callable[[Any], Any]]]:
     """(attribute, how it is made) for each argument in which a call reads that parameter packed."""
     if call.target not in PROVIDED:
         return
@@ -70,5 +74,6 @@ def _packed(call: fx.Node, parameter: fx.Node) -> Iterator[tuple[str, Callable[[
     arguments = call_arguments(call.target, call.args, call.kwargs)
     for name, pack in provider.packs.items():
         if arguments[name] is parameter:
-            attribute = f"packed_{provider.name}_{name}_{str(parameter.target).replace('.', '_')}"
+            how = getattr(pack, "__name__", f"{provider.name}_{name}").removeprefix("pack_")  # who packs alike shares it
+            attribute = f"packed_{how}_{str(parameter.target).replace('.', '_')}"
             yield attribute, lambda tensor, pack=pack: pack(tensor, arguments)

@@ -17,11 +17,12 @@ from autodeploy.transforms.match_norm import MatchNorm
 from autodeploy.transforms.match_rope import MatchRope
 from autodeploy.transforms.pipeline import Pipeline
 from autodeploy.transforms.prove_packing import ProvePacking
+from autodeploy.transforms.quantize import QuantizeWeights
 from autodeploy.transforms.select_kernels import SelectKernels
 
 
-def default_pipeline(target: Target | None = None) -> Pipeline:
-    """All passes, in order. target: what to compile for; None is this machine."""
+def default_pipeline(target: Target | None = None, quantize: QuantizeWeights | None = None) -> Pipeline:
+    """All passes, in order. target: what to compile for; None is this machine. quantize: how, where that is asked for."""
     return Pipeline(
         (
             # exported -> canonical: what the model says, in semantic ops
@@ -31,7 +32,8 @@ def default_pipeline(target: Target | None = None) -> Pipeline:
             MatchNorm(),
             MatchRope(),
             MatchMLP(),
-            # canonical: smaller caches; fewer, larger ops
+            # canonical: fewer bits; smaller caches; fewer, larger ops
+            *([] if quantize is None else [quantize]),
             AbsorbLatent(),
             FuseLinears(),
             FuseAddNorm(),

@@ -32,7 +32,9 @@ class FuseLinears(Transform):
         groups: dict[Any, list[fx.Node]] = defaultdict(list)
         for node in calls(program, aten.linear.default):
             if _fusable(node):
-                groups[node.args[0], _bias(node) is None, val(node.args[1]).dtype].append(node)
+                weight: Any = node.args[1]
+                stored = program.weights.format_of(str(weight.target))
+                groups[node.args[0], _bias(node) is None, val(weight).dtype, stored].append(node)
         fused = [group for group in groups.values() if len(group) > 1]
         for group in fused:
             _fuse(program, group)

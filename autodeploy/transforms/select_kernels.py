@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from torch import fx
 
 from autodeploy.custom_ops import SEMANTIC_OPS, Provider
+from autodeploy.formats import Format
 from autodeploy.program import Choice, Program
 from autodeploy.specs import Target
 from autodeploy.transforms.base import Transform
@@ -29,10 +30,10 @@ class SelectKernels(Transform):
 
     def apply(self, program: Program, target: Target) -> int:
         calls = [node for node in program.graph.graph.nodes if node.op == "call_function" and node.target in SEMANTIC_OPS]
-        packable = _parameters(program) if self.pack else set()
+        packable = {name: program.weights.format_of(name) for name in program.weights} if self.pack else {}
         chosen = _choose(calls, target, packable)
         if contested := _contested(program, chosen):
-            chosen = _choose(calls, target, packable - contested)
+            chosen = _choose(calls, target, {name: form for name, form in packable.items() if name not in contested})
         for node in calls:
             op = SEMANTIC_OPS[node.target]
             provider, against = chosen[node]
@@ -44,21 +45,18 @@ class SelectKernels(Transform):
 Chosen = dict[fx.Node, tuple[Provider, dict[str, list[str]]]]
 
 
-def _choose(calls: list[fx.Node], target: Target, packable: set[str]) -> Chosen:
-    """The provider of each call when these parameters may be packed, and the reasons against others."""
+def _choose(calls: list[fx.Node], target: Target, packable: dict[str, Format | None]) -> Chosen:
+    """The provider of each call when these parameters, of these formats, may be packed, and the reasons against others."""
     chosen: Chosen = {}
     for node in calls:
         args, kwargs = fx.map_arg((node.args, node.kwargs), val)  # pyright: ignore
-        given = arguments(node).items()
-        names = [
-            name for name, value in given if isinstance(value, fx.Node) and value.target in packable and value.op == "get_attr"
-        ]
-        chosen[node] = SEMANTIC_OPS[node.target].choose(target, *args, parameters=names, **kwargs)
+        parameters = {
+            name: packable[str(value.target)]
+            for name, value in arguments(node).items()
+            if isinstance(value, fx.Node) and value.op == "get_attr" and value.target in packable
+        }
+        chosen[node] = SEMANTIC_OPS[node.target].choose(target, *args, parameters=parameters, **kwargs)
     return chosen
-
-
-def _parameters(program: Program) -> set[str]:
-    return {str(node.target) for node in program.graph.graph.nodes if node.op == "get_attr"}
 
 
 def _contested(program: Program, chosen: Chosen) -> set[str]:

@@ -64,8 +64,9 @@ class NumericVerifier:
         if (error := difference(result, exact)) > EXACT and effect is not Effect.NUMERICS:
             raise VerificationError(f"in float64 its logits differ by {error:.1e} from those before the pass (limit {EXACT:.0e})")
         if effect in (Effect.FUSION, Effect.PARAMETERS, Effect.NUMERICS):
-            working = _working_dtype(after)
-            was, now = (difference(self._run(program, wide=False), exact) for program in (before, after))
+            working, mine = _working_dtype(after), result if effect is Effect.NUMERICS else exact
+            was = difference(self._run(before, wide=False), exact)
+            now = difference(self._run(after, wide=False), mine)
             if now > ROUNDING[working] * was + torch.finfo(getattr(torch, working)).eps:
                 raise VerificationError(f"in {working} its error grew from {was:.1e} to {now:.1e}")
 

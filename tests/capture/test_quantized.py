@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import autodeploy
-from autodeploy import CheckpointError, SamplingParams, UnsupportedModelError
+from autodeploy import CheckpointError, SamplingParams, Target, UnsupportedModelError
 from autodeploy.capture.quantized import dense_view
 from autodeploy.checkpoint import CheckpointSource, raw_config
+from autodeploy.custom_ops import cpp
 from autodeploy.recipes import evaluate
 from tests.capture.quantized_formats import PRODUCERS, Producer, integers, pairs
 from tests.models.families import make_model
@@ -76,6 +78,42 @@ def test_experts_that_are_stored_one_by_one(name: str, tmp_path: Path) -> None:
     quantized, dense = write(tmp_path, BY_NAME[name], make_model("qwen3_moe", moe_intermediate_size=64))
     assert any(".experts.1." in key for key in dense_view(raw_config(quantized), CheckpointSource(quantized)).recipes)
     assert (logits(quantized) - logits(dense)).abs().max() < 1e-4
+
+
+KERNELS = {
+    "compressed-tensors int8": "cpp_w8a16",
+    "compressed-tensors w8a8": "cpp_w8a8",
+    "compressed-tensors w4a16": "cpp_w4a8",
+    "compressed-tensors w4a16 asymmetric": "cpp_w4a8",
+    "gptq": "cpp_w4a8",
+    "gptq v2": "cpp_w4a8",
+    "gptq 8 bit, one group": "cpp",
+    "gptq act-order": "cpp",
+    "awq": "cpp_w4a8",
+    "modelopt w4a16 awq": "cpp",
+    "modelopt nvfp4": "cpp",
+    "block fp8": "cpp",
+}
+
+
+@pytest.mark.skipif(bool(cpp.against_cpp(Target())) or cpp.isa() != "avx512_bf16", reason="needs a CPU with AVX-512 BF16")
+@pytest.mark.parametrize("name", KERNELS)
+def test_stored_whole_numbers_are_what_kernels_multiply_with(name: str, tmp_path: Path) -> None:
+    producer = BY_NAME[name.replace("w8a8", "int8")]
+    if "w8a8" in name:
+        (group,) = producer.settings["config_groups"].values()
+        settings = {
+            **producer.settings,
+            "config_groups": {"group_0": {**group, "input_activations": {"num_bits": 8, "dynamic": True}}},
+        }
+        producer = replace(producer, settings=settings)
+    quantized, dense = write(tmp_path, producer, make_model("llama", **LLAMA))
+    compiled = autodeploy.compile(quantized, dtype="bfloat16")
+    found, providers = compiled(IDS), {choice.provider for choice in compiled.program.providers["linear"]}
+    compiled.shutdown()
+    assert providers == {"cpp", KERNELS[name]}  # the head is dense
+    exact = logits(dense)
+    assert float((found - exact).norm() / exact.norm()) < 0.03
 
 
 def test_gpt_oss_in_mxfp4(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 import autodeploy
 from autodeploy import SamplingParams
-from autodeploy.custom_ops.linear import linear_op, pack, packed_linear
+from autodeploy.custom_ops.linear import linear_op, pack_onednn, packed_linear
 from autodeploy.executor import model_runner
 from autodeploy.specs import Target
 from autodeploy.weights import materialize
@@ -36,19 +36,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_packed_weight_gives_what_linear_gives(dtype: torch.dtype, bias: bool, rows: int) -> None:
     x, weight = torch.randn(1, rows, 96, dtype=dtype), torch.randn(160, 96, dtype=dtype)
     offset = torch.randn(160, dtype=dtype) if bias else None
-    ours, expected = packed_linear(x, pack(weight), offset), F.linear(x, weight, offset)
+    ours, expected = packed_linear(x, pack_onednn(weight), offset), F.linear(x, weight, offset)
     assert ours.shape == expected.shape and ours.dtype == dtype
     assert rows == 0 or float((ours - expected).abs().max() / expected.abs().max()) <= (1e-6 if dtype == torch.float32 else 2**-8)
 
 
 def test_reasons_against_packing() -> None:
     x, weight = torch.randn(1, 4, 512), torch.randn(512, 512)
-    assert linear_op.choose(Target(), x, weight, parameters=["weight"])[0].name == "onednn"
+    assert linear_op.choose(Target(), x, weight, parameters={"weight": None})[0].name == "onednn"
     against = {
         "computed in the graph": linear_op.choose(Target(), x, weight),
-        "not on cuda": linear_op.choose(Target(device="cuda"), x, weight, parameters=["weight"]),
-        "float16": linear_op.choose(Target(), x.half(), weight.half(), parameters=["weight"]),
-        "too small": linear_op.choose(Target(), x[..., :8], weight[:, :8], parameters=["weight"]),
+        "not on cuda": linear_op.choose(Target(device="cuda"), x, weight, parameters={"weight": None}),
+        "float16": linear_op.choose(Target(), x.half(), weight.half(), parameters={"weight": None}),
+        "too small": linear_op.choose(Target(), x[..., :8], weight[:, :8], parameters={"weight": None}),
     }
     for reason, (provider, reasons) in against.items():
         assert provider.name == "reference" and reason in " ".join(reasons["onednn"]), reason
@@ -83,7 +83,7 @@ def test_a_model_is_packed_when_it_is_loaded_and_computes_the_same(folder: Path)
     packed = autodeploy.compile(folder)
     assert packed.program.op_counts()["linear.packed_linear"] == 8 and packed.program.op_counts()["linear.linear"] == 1
     tensors = tensors_of(packed)
-    assert sum(name.startswith("packed_onednn_weight_") for name in tensors) == 8
+    assert sum(name.startswith("packed_onednn_") for name in tensors) == 8
     assert not [
         name
         for name, tensor in tensors.items()
@@ -111,7 +111,7 @@ def test_experts_are_packed_each_by_itself(family: str) -> None:
     compiled = autodeploy.compile(model)
     assert {choice.provider for choice in compiled.program.providers["moe"]} == {"onednn"}
     check_logits(model, compiled)
-    packed = [value for name, value in tensors_of(compiled).items() if name.startswith("packed_onednn_down_")]
+    packed = [value for name, value in tensors_of(compiled).items() if name.startswith("packed_experts_") and "down" in name]
     compiled.shutdown()
     assert packed and all(isinstance(value, list) and len(value) == 4 for value in packed)
 

@@ -1,0 +1,160 @@
+"""Linear layers of whole numbers: what the dense matrix gives for rounded rows; the same bits for a row alone and in company."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from autodeploy import Target
+from autodeploy.custom_ops import cpp, cpp_quantized, embedding_op, linear_op, moe
+from autodeploy.formats import SCHEMES, Format, Integers
+
+here = pytest.mark.skipif(bool(cpp.against_cpp(Target())) or cpp.isa() != "avx512_bf16", reason="needs a CPU with AVX-512 BF16")
+SIZES = [(64, 32), (130, 96), (1, 608), (70, 1184)]
+
+
+@pytest.fixture(autouse=True)
+def same_numbers() -> None:
+    torch.manual_seed(0)
+
+
+def matrix(num_outputs: int, num_inputs: int, form: Format) -> tuple[Integers, Tensor]:
+    """Drawn whole numbers in a format, and the dense matrix by a formula of its own."""
+    half, groups = 1 << (form.bits - 1), num_inputs // (form.block[1] or num_inputs)
+    numbers = torch.randint(-half, half, (num_outputs, num_inputs), dtype=torch.int8)
+    scales = torch.rand(num_outputs, groups) * 0.01 + 0.001
+    zeros = torch.randint(-half, half, scales.shape).float() if "zeros" in form.parts else None
+    shift = 0 if zeros is None else zeros.double().repeat_interleave(num_inputs // groups, 1)
+    return Integers(numbers, scales, zeros), (numbers.double() - shift) * scales.double().repeat_interleave(
+        num_inputs // groups, 1
+    )
+
+
+def rounded(x: Tensor, limit: int, size: int) -> Tensor:
+    """x with each `size` numbers of a row rounded to whole multiples of their largest / limit."""
+    parts = x.double().unflatten(-1, (-1, size))
+    steps = parts.abs().amax(-1, keepdim=True) / limit
+    return ((parts / steps).round() * steps).flatten(-2)
+
+
+KINDS: dict[str, tuple[Format, Callable[..., Any], Callable[..., Tensor], int]] = {
+    "w8a8": (SCHEMES["w8a8"], cpp_quantized.pack_bytes, cpp_quantized.linear_w8a8, 127),
+    "w8a16": (SCHEMES["int8"], cpp_quantized.pack_bytes, cpp_quantized.linear_w8a16, 32767),
+    "w4a8": (SCHEMES["int4"], cpp_quantized.pack_half_bytes, cpp_quantized.linear_w4a8, 127),
+    "w4a8, groups of 8": (replace(SCHEMES["int4"], block=(1, 8)), cpp_quantized.pack_half_bytes, cpp_quantized.linear_w4a8, 127),
+    "w4a8, zeros": (
+        replace(SCHEMES["int4"], parts=("codes", "scales", "zeros")),
+        cpp_quantized.pack_half_bytes,
+        cpp_quantized.linear_w4a8,
+        127,
+    ),
+}
+
+
+@here
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rows", [0, 1, 2, 3, 4, 5, 6, 7, 12, 33, 200])
+@pytest.mark.parametrize(("num_outputs", "num_inputs"), SIZES)
+def test_what_the_dense_matrix_gives(kind: str, rows: int, num_outputs: int, num_inputs: int) -> None:
+    form, pack, linear, limit = KINDS[kind]
+    weight, dense = matrix(num_outputs, num_inputs, form)
+    x, bias = torch.randn(1, rows, num_inputs).bfloat16(), torch.randn(num_outputs).bfloat16()
+    exact = (
+        F.linear(rounded(x, limit, form.block[1] or num_inputs), dense, bias.double()) if rows else x.new_empty(1, 0, num_outputs)
+    )
+    ours = linear(x, pack(weight), bias)
+    assert ours.shape == exact.shape and ours.dtype == torch.bfloat16
+    assert rows == 0 or float((ours - exact).norm() / exact.norm()) < 2**-7  # a tie may be rounded otherwise
+    without = linear(x, pack(weight))
+    assert rows == 0 or float((without - (exact - bias)).norm() / exact.norm()) < 2**-7
+
+
+@here
+@pytest.mark.parametrize("is_short", [True, False])
+def test_scales_are_kept_exactly_and_in_half_where_that_is_exact(is_short: bool) -> None:
+    weight, dense = matrix(70, 96, SCHEMES["int4"])
+    if is_short:
+        weight = replace(weight, scales=weight.scales.bfloat16().float())
+        dense = weight.numbers.double() * weight.scales.double().repeat_interleave(32, 1)
+    packed = cpp_quantized.pack_half_bytes(weight)
+    assert packed.scales.dtype == (torch.bfloat16 if is_short else torch.float32)
+    rows = torch.eye(96).bfloat16() * 127  # each is rounded to itself
+    torch.testing.assert_close(
+        cpp_quantized.linear_w4a8(rows, packed).T.double(), (dense * 127).bfloat16().double(), rtol=2**-8, atol=0
+    )
+
+
+@here
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_does_not_depend_on_the_rows_beside_it(kind: str) -> None:
+    form, pack, linear, _ = KINDS[kind]
+    x, packed = torch.randn(300, 1184).bfloat16(), pack(matrix(200, 1184, form)[0])
+    together = linear(x, packed)
+    for rows in (slice(0, 1), slice(5, 8), slice(100, 132), slice(1, 300)):
+        assert torch.equal(linear(x[rows], packed), together[rows])
+
+
+@here
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_of_nothing_and_of_what_is_no_number(kind: str) -> None:
+    form, pack, linear, _ = KINDS[kind]
+    x, packed = torch.randn(8, 256).bfloat16(), pack(matrix(64, 128, form)[0])
+    assert torch.equal(linear(x[:, :128], packed), linear(x[:, :128].contiguous(), packed))  # rows with a gap between them
+    x[3, 5], x[4, 7], x[5] = float("nan"), float("inf"), 0
+    out = linear(x[:, :128], packed)
+    assert out.isnan().all(1).tolist() == [i in (3, 4) for i in range(8)] and not out[5].any()
+
+
+@here
+def test_rows_of_a_table_of_bytes() -> None:
+    weight, dense = matrix(130, 96, SCHEMES["int8"])
+    ids = torch.randint(0, 130, (1, 20))
+    assert torch.equal(cpp_quantized.byte_embedding(cpp_quantized.pack_bytes(weight), ids), dense.bfloat16()[ids])
+
+
+@here
+@pytest.mark.parametrize(("scheme", "provider"), [("w8a8", "cpp_w8a8"), ("int8", "cpp_w8a16"), ("int4", "cpp_w4a8")])
+def test_experts_of_whole_numbers(scheme: str, provider: str) -> None:
+    x, index, weights = torch.randn(9, 64).bfloat16(), torch.randint(0, 4, (9, 2)), torch.rand(9, 2).bfloat16()
+    made = {
+        name: [matrix(*shape, SCHEMES[scheme]) for _ in range(4)] for name, shape in (("gate_up", (192, 64)), ("down", (64, 96)))
+    }
+    rest = (None, None, False, "halves", "silu", 1.0, 0.0, 0.0)
+    chosen = next(item for item in moe.providers if item.name == provider)
+    packed = [
+        chosen.packs[name](Integers.joined([each for each, _ in several], torch.stack), {"transposed": False})
+        for name, several in made.items()
+    ]
+    exact = moe.reference(x.double(), index, weights.double(), *(torch.stack([d for _, d in s]) for s in made.values()), *rest)
+    assert float((chosen.function(x, index, weights, *packed, *rest) - exact).norm() / exact.norm()) < 2**-5
+
+
+def choice(form: Format | None, x: Tensor, weight: Tensor) -> tuple[str, dict[str, list[str]]]:
+    provider, against = linear_op.choose(Target(), x, weight, parameters={"weight": form})
+    return provider.name, against
+
+
+@here
+def test_which_kernel_a_format_gets_and_why_not_another() -> None:
+    x, weight = torch.randn(1, 4, 512).bfloat16(), torch.randn(512, 512).bfloat16()
+    assert choice(None, x, weight) == ("cpp", {})
+    assert choice(SCHEMES["w8a8"], x, weight) == ("cpp_w8a8", {})
+    assert choice(SCHEMES["int8"], x, weight) == ("cpp_w8a16", {"cpp_w8a8": ["activations may not be rounded"]})
+    assert choice(SCHEMES["int4"], x, weight)[0] == "cpp_w4a8"
+    for form, reason in {
+        SCHEMES["fp8"]: "the weights are fp8",
+        replace(SCHEMES["int8"], block=(1, 32)): "groups of columns",
+        replace(SCHEMES["int8"], parts=("codes", "scales", "zeros")): "zero points",
+        replace(SCHEMES["int4"], block=(1, 4)): "no multiple of 8",
+    }.items():
+        name, against = choice(form, x, weight)
+        assert name == "cpp" and reason in str(against)
+    assert choice(SCHEMES["w8a8"], x.float(), weight.float())[0] == "onednn"  # float32 is kept exact
+    assert "no multiple of 4" in str(choice(SCHEMES["w8a8"], x[..., :510], weight[:, :510])[1])
+    assert embedding_op.choose(Target(), weight, torch.ones(1, 4), parameters={"weight": SCHEMES["w8a8"]})[0].name == "cpp_w8"
