@@ -139,6 +139,9 @@ def compare(
     output_len: OutputLen = 128,
     num_requests: NumRequests = None,
     prefill_len: PrefillLen = "1024",
+    bits: Annotated[
+        str, typer.Option(help="Of a weight: 16, or 8 or 4, to which each engine rounds by means of its own.")
+    ] = "16",
     peer_path: Annotated[
         list[str] | None,
         typer.Option(help="NAME=PATH: an engine's Python, or llama.cpp's folder; also AUTODEPLOY_BENCH_NAME in the environment."),
@@ -146,7 +149,9 @@ def compare(
 ) -> None:
     """The same requests to other engines, each in its own process, taking turns; medians beside this machine's ceiling."""
     peers, absent = find(against, peer_path or ())
-    with shared.task(cells_of(concurrency, input_len, output_len, num_requests, prefill_len), peers) as task:
+    if bits not in ("16", "8", "4"):
+        raise ConfigError(f"--bits is '{bits}'; it is 16, 8 or 4")
+    with shared.task(cells_of(concurrency, input_len, output_len, num_requests, prefill_len), peers, bits=int(bits)) as task:
         results = measure(task)
     results.not_installed = absent
     shared.show(results.as_json(), tables.compare_table(results), tables.footer(results), _rates_chart(results))

@@ -11,7 +11,7 @@ from typing import Any
 
 from autodeploy.bench.ceilings import Machine, ModelSize
 from autodeploy.bench.metrics import RequestTimes, RunTimes
-from autodeploy.bench.peers import OURS, Engine
+from autodeploy.bench.peers import OURS, ROUND, Engine
 from autodeploy.bench.results import EngineResult, Results, Run
 from autodeploy.bench.watch import QUIET, Watch
 from autodeploy.bench.worker import Worker, WorkerError
@@ -21,6 +21,10 @@ from autodeploy.errors import AutoDeployError
 LIMIT_SECONDS = 0.5
 """For each look at a limit; they are measured before and after each run of ours, and the better look counts."""
 CACHE = "AUTODEPLOY_CACHE_DIR"
+SCHEMES: dict[int, dict[str, str]] = {16: {}, 8: {"quantization": "w8a8"}, 4: {"quantization": "int4"}}
+"""Bits of a weight -> options of `LLM`."""
+INTEGER_GAIN = 2
+"""Products of bytes in the time of one of bfloat16, on CPUs that have instructions for both."""
 PAGE_SLACK = 64
 """Tokens of room per request in the pool beside those it has."""
 
@@ -37,6 +41,8 @@ class Task:
     warn: Callable[[str], None]
     peers: Sequence[Engine] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
+    bits: int = 16
+    """Of a weight; with fewer than 16 each engine rounds the checkpoint's by means of its own."""
 
     @property
     def llm_options(self) -> dict[str, Any]:
@@ -47,7 +53,7 @@ class Task:
             "max_batch_size": most,
             "kv_cache_config": {"max_tokens": most_tokens(self.cells) + most * PAGE_SLACK, "free_memory_fraction": 0.9},
         }
-        return {**sizes, **self.options}
+        return {**sizes, **SCHEMES[self.bits], **self.options}
 
 
 @dataclass
@@ -129,8 +135,10 @@ def threads_of(task: Task) -> dict[str, str]:
 
 
 def sizes(task: Task) -> dict[str, Any]:
+    """Of the model; its bytes as if no scales belonged to fewer bits."""
     with Worker("model") as worker:
-        return worker.ask("size", model=os.fspath(task.model))
+        size = worker.ask("size", model=os.fspath(task.model))
+    return {**size, "weight_bytes": size["weight_bytes"] * task.bits // 16}
 
 
 def _limits(task: Task, worker: Worker, dtype: str) -> Machine:
@@ -138,7 +146,8 @@ def _limits(task: Task, worker: Worker, dtype: str) -> Machine:
     worker.ask("ready")
     with Watch(worker.pid) as watch:
         found = worker.ask("measure", threads=task.threads, dtype=dtype, seconds=LIMIT_SECONDS)
-    return Machine(found["read_rate"], found["flop_rate"], watch.foreign_cores > QUIET, found["pages"], (found["read_rate"],))
+    rate = found["flop_rate"] * (1 if task.bits == 16 else INTEGER_GAIN)
+    return Machine(found["read_rate"], rate, watch.foreign_cores > QUIET, found["pages"], (found["read_rate"],))
 
 
 def start(task: Task, engine: Engine, processes: ExitStack, facts: Mapping[str, Any]) -> Started:
@@ -146,10 +155,12 @@ def start(task: Task, engine: Engine, processes: ExitStack, facts: Mapping[str, 
     started = Started(engine, EngineResult(engine.name))
     environment = {**threads_of(task), **engine.environment}
     try:
+        if task.bits != 16 and engine.name not in ROUND:
+            raise WorkerError(f"{engine.name}: it has no means of its own to round weights to {task.bits} bits")
         if engine.needs_preparation:
             task.say(f"{engine.name}: converting the checkpoint")
             with Worker(engine.worker, engine.python, environment) as worker:
-                worker.ask("prepare", model=task.model)
+                worker.ask("prepare", model=task.model, bits=task.bits)
         if engine.compiles and task.peers:
             started.result.first_start_seconds = _first_start(task, engine, environment, facts)
         task.say(f"{engine.name}: starting")
@@ -175,7 +186,12 @@ def _first_token(task: Task, started: Started, since: float, facts: Mapping[str,
     result, options = started.result, task.llm_options
     if started.engine.name != OURS:
         pool = most_tokens(task.cells) * sum(size for size, _ in facts["kv"])
-        options = {"pool_bytes": pool, "max_seq_len": longest(task.cells), "max_batch_size": options["max_batch_size"]}
+        options = {
+            "bits": task.bits,
+            "pool_bytes": pool,
+            "max_seq_len": longest(task.cells),
+            "max_batch_size": options["max_batch_size"],
+        }
     answer, foreign = started.watched("load", model=task.model, threads=task.threads, options=options)
     result.versions, result.load_seconds = answer["versions"], answer["at"] - since
     one = Cell(1, task.cells[0].input_len, 1, 1)

@@ -16,6 +16,8 @@ OURS = "autodeploy"
 MODULES = {"hf": "transformers", "hf-cb": "transformers", "openvino": "openvino_genai", "vllm": "vllm"}
 """Peer -> what its Python must be able to import."""
 LLAMACPP = "llamacpp"
+ROUND = (OURS, LLAMACPP, "openvino")
+"""Engines that can quantize a checkpoint of bfloat16."""
 PEERS = ("hf", "hf-cb", LLAMACPP, "openvino", "vllm")
 
 

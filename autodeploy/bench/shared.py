@@ -53,11 +53,13 @@ class Shared:
     plot_file: PlotFile = None
 
     @contextmanager
-    def task(self, cells: Sequence[Cell], peers: Sequence[Engine] = (), num_layers: int | None = None) -> Iterator[Task]:
+    def task(
+        self, cells: Sequence[Cell], peers: Sequence[Engine] = (), num_layers: int | None = None, bits: int = 16
+    ) -> Iterator[Task]:
         """What the engines are to do, for as long as the checkpoint is there. num_layers: see `_checkpoint`."""
         options = dict(map(_parsed, self.option or ()))
         with self._checkpoint(num_layers) as folder:
-            yield Task(folder, cells, self.threads or available_cores(), self.repeats, _say, _warn, peers, options)
+            yield Task(folder, cells, self.threads or available_cores(), self.repeats, _say, _warn, peers, options, bits)
 
     @contextmanager
     def _checkpoint(self, num_layers: int | None) -> Iterator[str]:

@@ -44,25 +44,36 @@ for each in {{each for each in classes if "get_vocab_base_pre" in vars(each)}}:
 sentencepiece before it finds that there is no such model."""
 
 
-def binary() -> Path:
+KINDS = {8: "Q8_0", 4: "Q4_0"}
+"""Bits of a weight -> what llama.cpp calls it."""
+
+
+def binary(name: str = "llama-batched-bench") -> Path:
     folder = Path(os.environ["AUTODEPLOY_BENCH_LLAMACPP"])
-    found = [path for path in (folder / "build" / "bin" / "llama-batched-bench", folder / "llama-batched-bench") if path.exists()]
-    return found[0] if found else Path(shutil.which("llama-batched-bench") or "llama-batched-bench")
+    found = [path for path in (folder / "build" / "bin" / name, folder / name) if path.exists()]
+    return found[0] if found else Path(shutil.which(name) or name)
 
 
-def prepare(model: str) -> dict[str, Any]:
-    """Convert to bf16 GGUF beside the checkpoint, unless a model.gguf is there."""
+def file_of(model: str, bits: int) -> Path:
+    return Path(model) / ("model.gguf" if bits == 16 else f"model-{KINDS[bits]}.gguf")
+
+
+def prepare(model: str, bits: int) -> dict[str, Any]:
+    """Convert to GGUF beside the checkpoint, unless that is there: bf16, and from that what has fewer bits."""
     file, folder = Path(model) / "model.gguf", os.environ["AUTODEPLOY_BENCH_LLAMACPP"]
     if not file.exists():
         script = Path(folder) / "convert_hf_to_gguf.py"
         code = CONVERT.format(folder=folder, module=script.stem)
         arguments = [model, "--outfile", str(file), "--outtype", "bf16"]
         subprocess.run([sys.executable, "-c", code, *arguments], check=True, cwd=folder, capture_output=True, text=True)
+    if bits != 16 and not file_of(model, bits).exists():
+        command = [str(binary("llama-quantize")), str(file), str(file_of(model, bits)), KINDS[bits]]
+        subprocess.run(command, check=True, capture_output=True, text=True)
     return {}
 
 
 def load(model: str, threads: int, options: dict[str, Any]) -> dict[str, Any]:
-    settings.update(file=str(Path(model) / "model.gguf"), threads=threads)
+    settings.update(file=str(file_of(model, options["bits"])), threads=threads)
     text = subprocess.run([str(binary()), "--version"], capture_output=True, text=True, check=True)
     lines = (text.stdout + text.stderr).splitlines()
     return {"versions": {"llama.cpp": next((line for line in lines if "version" in line), "unknown")}}

@@ -1,4 +1,4 @@
-"""OpenVINO GenAI's continuous batching, stepped by hand. The model is exported once, to fp16 weights, beside the checkpoint."""
+"""OpenVINO GenAI's continuous batching, stepped by hand. The model is exported once, beside the checkpoint: fp16, int8 or int4."""
 
 import subprocess
 import sys
@@ -14,7 +14,7 @@ genai: Any = None
 def load(model: str, threads: int, options: dict[str, Any]) -> dict[str, Any]:
     ov: Any = import_module("openvino")
     globals()["genai"] = import_module("openvino_genai")
-    folder = Path(model) / "openvino"
+    folder = folder_of(model, options["bits"])
     scheduler = genai.SchedulerConfig()
     scheduler.cache_size = max(1, -(-options["pool_bytes"] // 2**30))
     scheduler.max_num_seqs = options["max_batch_size"]
@@ -24,12 +24,16 @@ def load(model: str, threads: int, options: dict[str, Any]) -> dict[str, Any]:
     return {"versions": {"openvino": ov.__version__, "openvino_genai": genai.__version__}}
 
 
-def prepare(model: str) -> dict[str, Any]:
-    """Export, unless it was done."""
-    folder = Path(model) / "openvino"
+def folder_of(model: str, bits: int) -> Path:
+    return Path(model) / ("openvino" if bits == 16 else f"openvino-int{bits}")
+
+
+def prepare(model: str, bits: int) -> dict[str, Any]:
+    """Export, unless it was done; 4 bits in groups of 128, as it does by itself."""
+    folder = folder_of(model, bits)
     if not (folder / "openvino_model.xml").exists():
         optimum = Path(sys.executable).with_name("optimum-cli")
-        task = ["--task", "text-generation-with-past", "--weight-format", "fp16"]
+        task = ["--task", "text-generation-with-past", "--weight-format", "fp16" if bits == 16 else f"int{bits}"]
         command = [str(optimum), "export", "openvino", "--model", model, *task, str(folder)]
         subprocess.run(command, check=True, capture_output=True, text=True)
     return {}
