@@ -171,7 +171,9 @@ class CompiledModel:
         """Passes, providers, caches, weights, start-up time and the passes that are not autodeploy's own, as text."""
         from autodeploy.plugins import foreign_text
 
-        return describe(self.program, self.timeline) + foreign_text(pipeline_of(self.args))
+        runner: Any = self.runner
+        sizes = f"weights as stored: {runner.stored_bytes / 1e6:.1f} MB; in memory: {runner.weight_bytes / 1e6:.1f} MB\n"
+        return describe(self.program, self.timeline) + sizes + foreign_text(pipeline_of(self.args))
 
     def __call__(self, input_ids: Tensor) -> Tensor:
         """Logits [B, S, vocab] of token ids [B, S]; the B rows are served as B requests."""

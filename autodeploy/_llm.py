@@ -32,7 +32,7 @@ class LLM:
 
     def __init__(self, model: Any, **options: Any) -> None:
         args = LLMArgs(model=model, **options)
-        self.tokenizer: Any = None if args.skip_tokenizer_init else _tokenizer(args)
+        self.tokenizer: Any = None if args.skip_tokenizer_init else tokenizer_of(args)
         self.compiled: CompiledModel = compile(model, **options)
 
     def __enter__(self) -> Self:
@@ -132,7 +132,7 @@ class LLM:
         return self.tokenizer.encode(text, add_special_tokens=add_special_tokens, verbose=False)  # the scheduler judges length
 
 
-def _tokenizer(args: LLMArgs) -> Any:
+def tokenizer_of(args: LLMArgs) -> Any:
     """The tokenizer given, or that of a folder. Raises CheckpointError or ConfigError with the remedy."""
     given = args.tokenizer
     if given is not None and not isinstance(given, str | Path):

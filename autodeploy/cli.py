@@ -6,7 +6,8 @@ import json
 import platform
 import sys
 import time
-from dataclasses import replace
+from contextlib import ExitStack
+from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -25,6 +26,7 @@ from autodeploy.errors import AutoDeployError
 
 if TYPE_CHECKING:
     from autodeploy import LLM, Pipeline
+    from autodeploy.eval import Score
     from autodeploy.program_store import Store
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Compile an unmodified Hugging Face model and serve it.")
@@ -156,6 +158,81 @@ def _chat(llm: LLM, prompts: list[str], params: SamplingParams) -> list[Any]:
     outputs = llm.chat([[{"role": "user", "content": text}] for text in prompts], params)
     assert isinstance(outputs, list)
     return outputs
+
+
+@app.command(name="quantize")
+def quantize_folder(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")],
+    scheme: Annotated[str, typer.Option(help="int8, w8a8 or int4.")] = "int4",
+    group_size: Annotated[int, typer.Option(help="Columns that share a scale, of int4; 0 is 32.", min=0)] = 0,
+    exclude: Annotated[list[str] | None, typer.Option(help="A matrix to leave as it is; * stands for anything.")] = None,
+    calibration: Annotated[Path | None, typer.Option(help="A text file for GPTQ; absent, to the nearest numbers.")] = None,
+    window: Annotated[int, typer.Option(help="Tokens of each calibration sequence.", min=2)] = 512,
+    sequences: Annotated[int, typer.Option(help="The most sequences taken of it.", min=1)] = 64,
+) -> None:
+    """Write a quantized checkpoint, which autodeploy, transformers and others read (compressed-tensors)."""
+    from autodeploy._llm import tokenizer_of
+    from autodeploy.calibrate import quantize
+    from autodeploy.config import LLMArgs, QuantConfig
+
+    given: dict[str, Any] = {"scheme": scheme, "group_size": group_size, "exclude": exclude}
+    config, texts = QuantConfig(**given), None
+    if calibration is not None:
+        ids = tokenizer_of(LLMArgs(model=model)).encode(calibration.read_text(encoding="utf-8"), verbose=False)
+        texts = [ids[start : start + window] for start in range(0, len(ids), window)][:sequences]
+    with Progress(*Progress.get_default_columns(), TextColumn("{task.fields[matrix]}"), console=err, transient=True) as progress:
+        bar = progress.add_task("quantizing", total=None, matrix="")
+        done = quantize(model, output, config, texts, lambda name: progress.update(bar, advance=1, matrix=name))
+    print(f"{output}: {len(done)} matrices in {scheme}{' by GPTQ' if texts else ''}")
+
+
+@app.command(name="eval")
+def evaluate(
+    folder: Annotated[str | None, typer.Argument(help="A checkpoint folder; absent, the shipped demo model.")] = None,
+    quantization: Annotated[str | None, typer.Option(help="A scheme to quantize to: int8, w8a8, int4, fp8, ...")] = None,
+    against: Annotated[
+        str | None, typer.Option(help="A folder to compare with; absent, the same without --quantization.")
+    ] = None,
+    text: Annotated[Path | None, typer.Option(help="A text file for perplexity and divergence; absent, the questions.")] = None,
+    window: Annotated[int, typer.Option(help="Tokens of the text that are looked at together.", min=2)] = 512,
+    questions: Annotated[int, typer.Option(help="How many of the demo model's held-out questions; 0: none.", min=0)] = 500,
+    dtype: Dtype = "auto",
+    option: Annotated[list[str] | None, typer.Option(help="name=JSON, an option of LLM; may be given several times.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON in place of a table.")] = False,
+) -> None:
+    """Answers that are right, perplexity, and how far quantization takes a model from what it was."""
+    from autodeploy import LLM
+    from autodeploy.bench.shared import parsed
+    from autodeploy.eval import answered, score, windows
+
+    model, given = folder or str(DEMO_MODEL), {"dtype": dtype, **dict(map(parsed, option or ()))}
+    if quantization is not None:
+        given["quantization"] = quantization
+    asked, passage = held_out_questions(questions) if questions else [], text.read_text(encoding="utf-8") if text else None
+    with ExitStack() as models:
+        llm = models.enter_context(LLM(model, **given))
+        reference = None
+        if against is not None or "quantization" in given:
+            plain = {name: value for name, value in given.items() if name != "quantization"}
+            reference = models.enter_context(LLM(against or model, **plain))
+        texts = answered(llm, asked) if passage is None else windows(llm, passage, window)
+        scores = [] if reference is None else [score("reference", reference, texts, asked)]
+        scores.append(score(str(given.get("quantization", Path(model).name)), llm, texts, asked, reference))
+    if as_json:
+        print(json.dumps([asdict(each) for each in scores], indent=1))
+    else:
+        out.print(_score_table(scores))
+
+
+def _score_table(scores: list[Score]) -> Table:
+    table = Table("", "exact match", "perplexity", "KL to reference", "same top token", title=f"{scores[0].tokens:,} tokens")
+    for each in scores:
+        share = "" if each.right is None else f"{each.right} of {each.questions} ({100 * each.right / each.questions:.1f} %)"
+        shown = (("perplexity", ".4f"), ("divergence", ".2e"), ("agreement", ".2%"))
+        cells = ["" if (value := getattr(each, name)) is None else format(value, how) for name, how in shown]
+        table.add_row(each.name, share, *cells)
+    return table
 
 
 @app.command()

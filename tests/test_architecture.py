@@ -36,7 +36,7 @@ ARROWS = {
     ("_lower",): ("capture", "plugins", "report", "executor", "program_cache"),
     ("_compile",): ("_lower",),
     ("_llm",): ("_compile",),
-    ("testing",): ("capture",),
+    ("testing", "calibrate"): ("capture",),
     ("__init__",): ("_llm", "testing"),
     ("serve", "bench", "coverage"): ("__init__",),
     ("demo_questions",): (),

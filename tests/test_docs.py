@@ -8,8 +8,10 @@ import shlex
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from autodeploy import default_pipeline
+from autodeploy.cli import app
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -28,6 +30,24 @@ def test_python_in_the_readme_runs(number: int, monkeypatch: pytest.MonkeyPatch,
 def test_examples_run(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runpy.run_path(str(path), run_name="__main__")
     assert capsys.readouterr().out
+
+
+def test_the_page_about_quantization_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (ROOT / "docs" / "quantization.md").read_text()
+    (tmp_path / "autodeploy").symlink_to(ROOT / "autodeploy")
+    (tmp_path / "text.txt").write_text("What is 100+200? 300. Reverse: abc. cba. " * 20)
+    monkeypatch.chdir(tmp_path)
+    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(compile(block, "docs/quantization.md", "exec"), {"__name__": "page"})
+    printed = capsys.readouterr().out
+    assert "579" in printed and "in memory:" in printed
+    commands = re.findall(r"^\$ autodeploy (.*)$", page, re.MULTILINE)
+    assert [command.split()[0] for command in commands] == ["eval", "quantize"]
+    for command in commands:
+        CliRunner().invoke(app, shlex.split(command), catch_exceptions=False)
+    assert (tmp_path / "quantized" / "model.safetensors").exists()
 
 
 def test_the_readme_installs_as_the_makefile_does() -> None:

@@ -57,7 +57,7 @@ class Shared:
         self, cells: Sequence[Cell], peers: Sequence[Engine] = (), num_layers: int | None = None, bits: int = 16
     ) -> Iterator[Task]:
         """What the engines are to do, for as long as the checkpoint is there. num_layers: see `_checkpoint`."""
-        options = dict(map(_parsed, self.option or ()))
+        options = dict(map(parsed, self.option or ()))
         with self._checkpoint(num_layers) as folder:
             yield Task(folder, cells, self.threads or available_cores(), self.repeats, _say, _warn, peers, options, bits)
 
@@ -110,7 +110,7 @@ def with_shared(function: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-def _parsed(text: str) -> tuple[str, Any]:
+def parsed(text: str) -> tuple[str, Any]:
     """name=value, the value as JSON or, failing that, as text."""
     name, equals, value = text.partition("=")
     if not equals:

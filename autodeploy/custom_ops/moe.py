@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -124,11 +125,11 @@ def expert_matrices(weights: Tensor, call: Mapping[str, Any]) -> Iterator[Tensor
 
 def pack_experts(weights: Tensor, call: Mapping[str, Any]) -> list[Expert]:
     """Each expert's matrix in oneDNN's own layout."""
-    return [_packed_expert(pack_onednn(matrix)) for matrix in expert_matrices(weights, call)]
+    return [partial(_packed_expert, pack_onednn(matrix)) for matrix in expert_matrices(weights, call)]
 
 
-def _packed_expert(packed: Any) -> Expert:
-    return lambda x, bias: packed_linear(x, packed, bias)
+def _packed_expert(packed: Any, x: Tensor, bias: Tensor | None) -> Tensor:
+    return packed_linear(x, packed, bias)
 
 
 def _against_packing(target: Any, x: Tensor, gate_up: Tensor, **_: Any) -> list[str]:

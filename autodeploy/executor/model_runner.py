@@ -13,7 +13,7 @@ from torch.fx.node import map_aggregate
 from autodeploy.custom_ops.attention_backend import backend_named
 from autodeploy.executor.batch import WantedRows
 from autodeploy.executor.cores import available_cores
-from autodeploy.executor.packing import parameter_uses, read_packed, release_freed_memory
+from autodeploy.executor.packing import bytes_of, parameter_uses, read_packed, release_freed_memory
 from autodeploy.executor.recorded_step import Arena, RecordedStep, can_record, record
 from autodeploy.executor.request import Request
 from autodeploy.formats import Integers
@@ -74,6 +74,7 @@ class ModelRunner:
             uses[name].store(tensors, name, tensor)
             on_parameter(name)
         release_freed_memory()
+        self.source, self.weight_bytes = source, sum(map(bytes_of, tensors.values()))
         self.module = _executable(program, tensors, device)
         self.backends = [backend_named(choice.provider) for choice in program.providers.get("attention", ())]
         self.caches: list[Tensor] = []
@@ -81,6 +82,12 @@ class ModelRunner:
         self.recorded: dict[Any, RecordedStep] = {}
         self.known_shapes: set[Any] = set()
         self.arena = Arena()
+
+    @property
+    def stored_bytes(self) -> int:
+        """Of the tensors that the weights are made of."""
+        leaves = {leaf for recipe in self.program.weights.recipes.values() for leaf in recipe.leaves()}
+        return sum(self.source.fetch(leaf).nbytes for leaf in leaves)
 
     def allocate(self, num_units: Mapping[str, int], page_size: int) -> None:
         """The caches. Their memory becomes resident as pages are first written."""

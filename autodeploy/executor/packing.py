@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import Tensor, fx
@@ -47,6 +48,17 @@ def parameter_uses(program: Program) -> dict[str, ParameterUses]:
             if user.all_input_nodes.count(node) and not packed:
                 use.dense = True
     return dict(uses)
+
+
+def bytes_of(value: Any) -> int:
+    """Of a tensor, of what a provider packs, of a list of these or of functions over them."""
+    if isinstance(value, list | tuple):
+        return sum(map(bytes_of, value))
+    if isinstance(value, partial):
+        return bytes_of(value.args)
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()  # an opaque one too
+    return getattr(value, "nbytes", 0)
 
 
 def release_freed_memory() -> None:

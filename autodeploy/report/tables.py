@@ -55,6 +55,6 @@ def describe(program: Program, timeline: Timeline) -> str:
         console.print(twin_text(program), soft_wrap=True)
     console.print(provider_table(program))
     console.print(f"caches: {len(program.caches)}, {bytes_per_token(specs)} bytes per token{state_bytes}")
-    console.print(f"weights: {len(program.weights)} parameters, {program.weight_bytes / 1e6:.1f} MB")
+    console.print(f"weights: {len(program.weights)} parameters, {program.weight_bytes / 1e6:.1f} MB when dense")
     console.print(f"start-up: {timeline}")
     return console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]

@@ -43,7 +43,7 @@ class QuantizeWeights(Transform):
 
     def apply(self, program: Program, target: Target) -> int:
         changed: dict[str, Recipe] = {}
-        for name, form, is_transposed in self._matrices(program):
+        for name, form, is_transposed in self.matrices(program):
             recipe = program.weights[name]
             if (stored := program.weights.format_of(name)) is not None and not isinstance(recipe, Quantized):
                 raise ConfigError(
@@ -59,7 +59,7 @@ class QuantizeWeights(Transform):
         program.weights = program.weights.with_recipes(changed)
         return len(changed)
 
-    def _matrices(self, program: Program) -> Iterator[tuple[str, Format, bool]]:
+    def matrices(self, program: Program) -> Iterator[tuple[str, Format, bool]]:
         """Parameter, its format, and whether its inputs come before its outputs."""
         linears = calls(program, aten.linear.default)
         for node in linears:

@@ -116,6 +116,21 @@ def test_stored_whole_numbers_are_what_kernels_multiply_with(name: str, tmp_path
     assert float((found - exact).norm() / exact.norm()) < 0.03
 
 
+def test_layers_that_are_stored_in_several_ways_are_not_joined(tmp_path: Path) -> None:
+    """Keys are dense, all else is not: query and value still have whole numbers to multiply with."""
+    quantized, dense = write(tmp_path, BY_NAME["gptq"], make_model("llama", **LLAMA))
+    tensors, exact = load_file(quantized / "model.safetensors"), load_file(dense / "model.safetensors")
+    name = "model.layers.0.self_attn.k_proj"
+    kept = {key: tensor for key, tensor in tensors.items() if not key.startswith(name)}
+    save_file({**kept, f"{name}.weight": exact[f"{name}.weight"]}, quantized / "model.safetensors")
+    compiled = autodeploy.compile(quantized, dtype="float32")
+    recipes = {key: str(compiled.program.weights[key]) for key in compiled.program.weights}
+    joined = next(recipe for recipe in recipes.values() if "q_proj" in recipe)
+    assert "v_proj" in joined and "k_proj" not in joined
+    assert (compiled(IDS) - logits(dense)).abs().max() < 1e-4
+    compiled.shutdown()
+
+
 def test_gpt_oss_in_mxfp4(tmp_path: Path) -> None:
     quantized, dense, made = tmp_path / "quantized", tmp_path / "dense", dict[str, Tensor]()
     quantized.mkdir()
@@ -220,5 +235,6 @@ def test_the_eager_backend_refuses_what_transformers_may_read_wrongly(tmp_path: 
 
 
 def test_the_documented_table_has_every_format() -> None:
-    rows = re.findall(r"^\| ([^|]+?) \| .* \| .* \|$", (ROOT / "docs" / "quantization.md").read_text(), re.MULTILINE)[1:]
+    text = (ROOT / "docs" / "quantization.md").read_text().partition("## Quantized checkpoints")[2]
+    rows = re.findall(r"^\| ([^|]+?) \| .* \| .* \|$", text, re.MULTILINE)[1:]
     assert [row for row in rows if row not in ("---", "gpt-oss mxfp4")] == [*BY_NAME] and len(BY_NAME) >= 18

@@ -148,6 +148,9 @@ def test_nothing_stays_beside_the_packed_numbers(scheme: str, bytes_per_number: 
         size = bytes_per_number if isinstance(value, HalfBytePanels) else 1
         assert value.nbytes < 1.05 * size * value.num_outputs * value.num_inputs
     assert len([name for name in tensors if "embed" in name]) == 1
+    in_memory = sum(value.nbytes for value in tensors.values())
+    assert f"in memory: {in_memory / 1e6:.1f} MB" in compiled.report()
+    assert in_memory < 0.6 * compiled.program.weight_bytes
     compiled.shutdown()
 
 

@@ -1,4 +1,4 @@
-"""OpenVINO GenAI's continuous batching, stepped by hand. The model is exported once, beside the checkpoint: fp16, int8 or int4."""
+"""OpenVINO GenAI's continuous batching, stepped by hand. The model is exported once, beside the checkpoint."""
 
 import subprocess
 import sys

@@ -1,0 +1,122 @@
+"""Quantized checkpoints that we write: what is in them, that others read the same, and that GPTQ loses less than rounding."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+import autodeploy
+from autodeploy import LLM, ConfigError, QuantConfig
+from autodeploy.calibrate import gptq, quantize
+from autodeploy.cli import DEMO_MODEL, app
+from autodeploy.demo_questions import held_out_questions, training_pairs
+from autodeploy.eval import answered, score
+from autodeploy.formats import SCHEMES, Integers
+from tests.models.families import make_model
+
+IDS = torch.tensor([[5, 6, 7, 8, 9, 10, 11]])
+
+
+def dense(made: Integers) -> torch.Tensor:
+    return made.numbers * made.scales.repeat_interleave(made.numbers.shape[1] // made.scales.shape[1], 1)
+
+
+@pytest.mark.parametrize(("scheme", "columns"), [("int4", 320), ("w8a8", 200)])
+def test_columns_make_up_for_what_those_before_them_lost(scheme: str, columns: int) -> None:
+    torch.manual_seed(0)
+    form, weight = SCHEMES[scheme], torch.randn(48, columns)
+    inputs = torch.randn(2000, 40) @ torch.randn(40, columns) + 0.3 * torch.randn(2000, columns)  # columns that resemble others
+    products = inputs.T @ inputs / len(inputs)
+    nearest = dense(form.integers((48, columns), *form.quantize(weight)))
+    ours = dense(gptq(weight, products, form))
+    lost, least = (float((inputs @ (weight - each).T).norm()) for each in (nearest, ours))
+    assert least < 0.6 * lost
+    assert (weight - ours).norm() > (weight - nearest).norm()  # it is not nearer by itself
+    alike = gptq(weight, torch.eye(columns), form)  # columns that have nothing to do with each other
+    assert torch.equal(dense(alike), nearest)
+
+
+def test_columns_that_are_never_used_cost_nothing() -> None:
+    products = torch.diag(torch.tensor([1.0, 0, 2, 0]).repeat(8))
+    made = gptq(torch.randn(4, 32), products, SCHEMES["int4"])
+    assert not made.numbers[:, 1].any() and made.numbers[:, 0].any() and made.scales.isfinite().all()
+
+
+@pytest.mark.parametrize("scheme", ["int8", "w8a8", "int4"])
+def test_what_is_written_is_what_is_read(scheme: str, tmp_path: Path) -> None:
+    model = make_model("qwen3", tie_word_embeddings=True)
+    model.save_pretrained(tmp_path / "dense")
+    config = QuantConfig(scheme=scheme, exclude=("*.o_proj",))
+    names = quantize(tmp_path / "dense", tmp_path / "out", config)
+    assert len(names) == 6 * model.config.num_hidden_layers and not [
+        name for name in names if "o_proj" in name or "embed" in name
+    ]
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in names:
+                form = SCHEMES[scheme]
+                parameter.copy_(form.dequantize(tuple(parameter.shape), *form.quantize(parameter)))
+        expected = model(IDS).logits
+    compiled = autodeploy.compile(tmp_path / "out", dtype="float32")
+    assert (compiled(IDS) - expected).abs().max() < 1e-4
+    compiled.shutdown()
+    small = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
+    assert small < (tmp_path / "dense" / "model.safetensors").stat().st_size
+
+
+def test_transformers_reads_the_same(tmp_path: Path) -> None:
+    pytest.importorskip("compressed_tensors")
+    make_model("llama").save_pretrained(tmp_path / "dense")
+    quantize(tmp_path / "dense", tmp_path / "out", "int4")
+    theirs: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    compiled = autodeploy.compile(tmp_path / "out", dtype="float32")
+    with torch.no_grad():
+        assert (compiled(IDS) - theirs(IDS).logits).abs().max() < 1e-4
+    compiled.shutdown()
+
+
+def test_gptq_takes_the_demo_model_less_far_than_rounding(tmp_path: Path) -> None:
+    questions = held_out_questions(60)
+    with LLM(str(DEMO_MODEL)) as plain:
+        template = plain.tokenizer.apply_chat_template
+        talks = [
+            [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+            for prompt, answer in training_pairs(400)
+        ]
+        (tmp_path / "text.txt").write_text("".join(template(talk, tokenize=False) for talk in talks))
+        found = {}
+        for name, options in (("nearest", []), ("gptq", ["--calibration", str(tmp_path / "text.txt"), "--window", "128"])):
+            arguments = ["quantize", str(DEMO_MODEL), "-o", str(tmp_path / name), "--scheme", "int4", *options]
+            done = CliRunner().invoke(app, arguments, catch_exceptions=False)
+            assert f"matrices in int4{' by GPTQ' if options else ''}" in done.stdout
+            with LLM(str(tmp_path / name)) as llm:
+                found[name] = score(name, llm, answered(plain, questions), questions, plain)
+    assert found["gptq"].divergence < 0.7 * found["nearest"].divergence
+    assert found["gptq"].right >= 58
+
+
+def test_what_is_refused(tmp_path: Path) -> None:
+    make_model("qwen3", num_hidden_layers=1).save_pretrained(tmp_path / "dense")
+    with pytest.raises(ConfigError, match="scheme='fp8' cannot be written"):
+        quantize(tmp_path / "dense", tmp_path / "out", "fp8")
+    with pytest.raises(ConfigError, match="not empty"):
+        quantize(tmp_path / "dense", tmp_path / "dense")
+    with pytest.raises(ConfigError, match="no tokens"):
+        quantize(tmp_path / "dense", tmp_path / "out", "int8", [])
+    quantize(tmp_path / "dense", tmp_path / "out", "int8")
+    with pytest.raises(ConfigError, match="quantized already"):
+        quantize(tmp_path / "out", tmp_path / "again", "int8")
+
+
+def test_groups_that_end_within_a_block_of_columns() -> None:
+    torch.manual_seed(0)
+    form, weight, inputs = replace(SCHEMES["int4"], block=(1, 48)), torch.randn(8, 240), torch.randn(600, 240)
+    ours = dense(gptq(weight, inputs.T @ inputs / 600, form))
+    nearest = dense(form.integers((8, 240), *form.quantize(weight)))
+    assert float((inputs @ (weight - ours).T).norm()) < float((inputs @ (weight - nearest).T).norm())
