@@ -63,6 +63,7 @@ def test_wrong_options_are_one_line() -> None:
         (["throughput"], "--random-weights"),
         (["latency", DEMO, "--concurrency", "0"], "--concurrency is '0'"),
         (["compare", DEMO, "--against", "lamacpp"], "Did you mean 'llamacpp'"),
+        (["compare", DEMO, "--bits", "5"], "it is 16, 8 or 4"),
         (["throughput", DEMO, "--option", "x"], "name=value"),
         (["growth", DEMO, "--input-len", "16", "--concurrency", "1"], "nothing grows"),
     ):
@@ -72,6 +73,13 @@ def test_wrong_options_are_one_line() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
+def test_fewer_bits_are_for_engines_that_round() -> None:
+    options = ["--bits", "8", "--against", "hf", "--prefill-len", "0", "--option", 'dtype="bfloat16"', "--json", "-"]
+    found, dense = (json.loads(bench("compare", DEMO, *SMALL, *more).stdout) for more in (options, ["--against", "", "--json", "-"]))
+    assert found["engines"][0]["cells"][0]["decode_rate"] > 0 and "no means of its own" in found["engines"][1]["error"]
+    assert found["size"]["weight_bytes"] == dense["size"]["weight_bytes"] // 2
+
+
 def test_latency_prints_percentiles() -> None:
     done = bench("latency", DEMO, *SMALL)
     assert done.returncode == 0, done.stderr
