@@ -187,12 +187,13 @@ def _modelopt_matrix(reader: _Reader, prefix: str, algorithm: str, group: int | 
             shape, form = (rows, columns), {"name": "int8", "layout": "plain", "block": (1, 0), "activations": bits}
         case "MXFP8":
             shape, form = (rows, columns), {"name": "mxfp8", "layout": "plain", "block": (1, 32)}
-        case "NVFP4" | "NVFP4_AWQ" | "W4A16_NVFP4":
+        case "NVFP4" | "NVFP4_AWQ" | "W4A16_NVFP4" | "W4A8_NVFP4_FP8":
             shape, form = (rows, 2 * columns), {"name": "nvfp4", "layout": "e2m1", "block": (1, 16), "bits": 4}
             more["factor"] = f"{prefix}.weight_scale_2"
         case "MXFP4" | "W4A8_MXFP4_FP8":
             shape, form = (rows, 2 * columns), {"name": "mxfp4", "layout": "e2m1", "block": (1, 32), "bits": 4}
-        case "W4A16_AWQ":
+        case "W4A16_AWQ" | "W4A8_AWQ":  # the second scale of W4A8 says how its kernel rounds what these stand for to fp8
+            reader.view.hidden.add(f"{prefix}.weight_scale_2")
             shape = (2 * rows, columns)
             size = group or columns // reader.shape(scales)[-1]
             form = {"name": "int4", "layout": "row_pairs", "block": (1, size), "bits": 4}

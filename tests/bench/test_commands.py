@@ -75,7 +75,9 @@ def test_wrong_options_are_one_line() -> None:
 @pytest.mark.timeout(600)
 def test_fewer_bits_are_for_engines_that_round() -> None:
     options = ["--bits", "8", "--against", "hf", "--prefill-len", "0", "--option", 'dtype="bfloat16"', "--json", "-"]
-    found, dense = (json.loads(bench("compare", DEMO, *SMALL, *more).stdout) for more in (options, ["--against", "", "--json", "-"]))
+    found, dense = (
+        json.loads(bench("compare", DEMO, *SMALL, *more).stdout) for more in (options, ["--against", "", "--json", "-"])
+    )
     assert found["engines"][0]["cells"][0]["decode_rate"] > 0 and "no means of its own" in found["engines"][1]["error"]
     assert found["size"]["weight_bytes"] == dense["size"]["weight_bytes"] // 2
 

@@ -135,6 +135,12 @@ def modelopt_awq(rows: int, columns: int) -> Made:
     ) * smooth.double()
 
 
+def with_second_scale(made: Made) -> Made:
+    """W4A8: how kernels round what the first scales give to 8 bits; the numbers stored do not change by it."""
+    stored, dense = made
+    return {**stored, "weight_scale_2": torch.tensor(0.37), "input_scale": torch.tensor(0.5)}, dense
+
+
 def int8_channel(rows: int, columns: int, shape: tuple[int, ...] = (), smoothed: bool = False, zeros: bool = False) -> Made:
     numbers, scale = integers(-128, 128, rows, columns), scales(rows, size=1e-3)
     stored = {"weight": numbers.to(torch.int8), "weight_scale": scale.reshape(rows, *shape)}
@@ -236,6 +242,8 @@ PRODUCERS = [
     Producer("modelopt nvfp4", _modelopt("NVFP4", group_size=16), lambda n, k: nvfp4(n, k, True)),
     Producer("modelopt nvfp4 awq", _modelopt("NVFP4_AWQ", group_size=16), lambda n, k: nvfp4(n, k, True, True)),
     Producer("modelopt w4a16 awq", _modelopt("W4A16_AWQ", group_size=32), modelopt_awq),
+    Producer("modelopt w4a8 awq", _modelopt("W4A8_AWQ", group_size=32), lambda n, k: with_second_scale(modelopt_awq(n, k))),
+    Producer("modelopt w4a8 nvfp4", _modelopt("W4A8_NVFP4_FP8", group_size=16), lambda n, k: nvfp4(n, k, True)),
     Producer("modelopt int8 smoothquant", _modelopt("W8A8_SQ_PER_CHANNEL"), lambda n, k: int8_channel(n, k, smoothed=True)),
     Producer("modelopt mxfp8", _modelopt("MXFP8"), lambda n, k: mx(n, k, "weight", False)),
     Producer("block fp8", {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}, fp8_block),
