@@ -247,11 +247,17 @@ def format_of(recipe: Recipe, stored: Mapping[str, Format]) -> Format | None:
             return recipe.format
         case Cast(source):
             return format_of(source, stored)
-        case Join(parts, dim=0):
+        case Join(parts) if _joins_rows(recipe):
             formats = {format_of(part, stored) for part in parts}
             return formats.pop() if len(formats) == 1 else None
         case _:
             return None
+
+
+def _joins_rows(recipe: Join) -> bool:
+    """Whether rows of matrices are joined, or whole matrices: each keeps its scales."""
+    parts = [part.source if isinstance(part, Cast | Quantize) else part for part in recipe.parts]
+    return recipe.dim == 0 or (recipe.dim == 1 and isinstance(recipe, Cat) and all(isinstance(part, Stack) for part in parts))
 
 
 def integers(recipe: Recipe, fetch: Fetch) -> Integers:
@@ -259,16 +265,18 @@ def integers(recipe: Recipe, fetch: Fetch) -> Integers:
     match recipe:
         case Dequantize(parts, format, shape):
             return recipe.with_blame(lambda: format.integers(shape, *(evaluate(part, fetch) for part in parts)))
+        case Quantize(Cast(Join(parts) as joined, dtype), format):
+            return integers(Quantize(replace(joined, parts=tuple(Cast(part, dtype) for part in parts)), format), fetch)
+        case Quantize(Join(parts) as joined, format) if _joins_rows(joined):  # not all of them need to be dense at a time
+            return integers(replace(joined, parts=tuple(Quantize(part, format) for part in parts)), fetch)
         case Quantize(source, format):
             dense = evaluate(source, fetch)
             parts = dense.split(max(1, MILLION // max(1, dense[0].numel())))  # as float32 they should fit in the caches
             return Integers.joined([format.integers(tuple(part.shape), *format.quantize(part)) for part in parts], torch.cat)
         case Cast(source):
             return integers(source, fetch)
-        case Stack(parts):
-            return Integers.joined([integers(part, fetch) for part in parts], torch.stack)
-        case Cat(parts):
-            return Integers.joined([integers(part, fetch) for part in parts], torch.cat)
+        case Join(parts):
+            return Integers.joined([integers(part, fetch) for part in parts], lambda tensors: recipe.apply(*tensors))
     raise AssertionError(f"{recipe} is not made of whole numbers")
 
 

@@ -14,7 +14,7 @@ import autodeploy
 from autodeploy import ConfigError, Program, QuantConfig, SamplingParams, Target
 from autodeploy.custom_ops import cpp
 from autodeploy.custom_ops.cpp_quantized import BytePanels, HalfBytePanels
-from autodeploy.formats import SCHEMES
+from autodeploy.formats import SCHEMES, Format
 from autodeploy.recipes import Quantize
 from autodeploy.transforms.quantize import QuantizeWeights
 from tests.executor.test_packing import tensors_of
@@ -152,6 +152,23 @@ def test_nothing_stays_beside_the_packed_numbers(scheme: str, bytes_per_number: 
     assert f"in memory: {in_memory / 1e6:.1f} MB" in compiled.report()
     assert in_memory < 0.6 * compiled.program.weight_bytes
     compiled.shutdown()
+
+
+@here
+def test_experts_of_a_checkpoint_are_rounded_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model("qwen3_moe").bfloat16()
+    model.save_pretrained(tmp_path)
+    expected = logits(tmp_path, quantization="int4", dtype="float32")  # of dense experts that were rounded together
+    largest, original = [0], Format.quantize
+
+    def quantize(self: Format, dense: Tensor) -> tuple[Tensor, ...]:
+        largest.append(dense.dim())
+        return original(self, dense)
+
+    monkeypatch.setattr(Format, "quantize", quantize)
+    found = logits(tmp_path, quantization="int4", program_cache=False)
+    assert float((found - expected).norm() / expected.norm()) < 0.1
+    assert max(largest) == 2  # experts are stacked once they are whole numbers
 
 
 def test_options_that_are_refused() -> None:
