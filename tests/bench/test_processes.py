@@ -163,7 +163,7 @@ def test_llamacpp_is_asked_again_when_its_output_is_lost_and_waves_follow_each_o
     program.write_text(LLAMACPP)
     program.chmod(0o755)
     with Worker("llamacpp", environment={variable("llamacpp"): str(tmp_path)}) as worker:
-        assert worker.ask("load", model="", threads=1, options={})["versions"] == {"llama.cpp": "version: 7"}
+        assert worker.ask("load", model="", threads=1, options={"bits": 16})["versions"] == {"llama.cpp": "version: 7"}
         requests = worker.ask("run", prompts=[[1, 2]] * 3, output_len=3, concurrency=2)["requests"]
     since = requests[0]["submitted"]
     times = [[round(time - since, 6) for time in (request["submitted"], *request["tokens"])] for request in requests]
@@ -174,7 +174,7 @@ def test_a_command_that_fails_is_reported_by_its_last_words(tmp_path: Path) -> N
     (tmp_path / "convert_hf_to_gguf.py").write_text("import sys\nsys.exit('many words\\nnot this model')")
     failed = pytest.raises(WorkerError, match=r"llamacpp: python\S* ended with code 1: not this model")
     with Worker("llamacpp", environment={variable("llamacpp"): str(tmp_path)}) as worker, failed:
-        worker.ask("prepare", model=str(tmp_path))
+        worker.ask("prepare", model=str(tmp_path), bits=16)
 
 
 def test_a_picture_has_a_bar_per_value_and_a_line_per_limit() -> None:
