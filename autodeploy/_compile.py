@@ -171,9 +171,10 @@ class CompiledModel:
         """Passes, providers, caches, weights, start-up time and the passes that are not autodeploy's own, as text."""
         from autodeploy.plugins import foreign_text
 
-        runner: Any = self.runner
+        text, runner = describe(self.program, self.timeline), self.runner
+        assert isinstance(runner, ModelRunner)  # else there is no program
         sizes = f"weights as stored: {runner.stored_bytes / 1e6:.1f} MB; in memory: {runner.weight_bytes / 1e6:.1f} MB\n"
-        return describe(self.program, self.timeline) + sizes + foreign_text(pipeline_of(self.args))
+        return text + sizes + foreign_text(pipeline_of(self.args))
 
     def __call__(self, input_ids: Tensor) -> Tensor:
         """Logits [B, S, vocab] of token ids [B, S]; the B rows are served as B requests."""

@@ -76,7 +76,7 @@ def quantize(
                 advance(name)
         else:
             made = _Walk(captured.program, origin, source, matrices, advance).run(calibration)
-    _write(folder, output, source, {_stored(origin, name): each for name, each in made.items()}, config, matrices)
+    _write(folder, output, source, {_stored(origin, name): each for name, each in made.items()}, config)
     return sorted(made)
 
 
@@ -188,7 +188,6 @@ def _write(
     source: CheckpointSource,
     made: Mapping[str, Integers],
     config: QuantConfig,
-    matrices: Mapping[str, Format],
 ) -> None:
     """The checkpoint, in the format of compressed-tensors; whatever else lies in the folder comes along."""
     tensors = {name: source.fetch(Take(name)).clone() for name in source.names() if name not in made}

@@ -76,8 +76,6 @@ class Format:
         numbers = LAYOUTS[self.layout](part["codes"], self.bits, shape)
         half = 1 << (self.bits - 1) if self.layout in TRANSPOSED else 0  # those have no sign
         zeros = self._by_group(self._zeros(part["zeros"], shape), shape) - half if "zeros" in part else None
-        if half and zeros is None:
-            raise ValueError("it has no zero points")
         return Integers((numbers - half).to(torch.int8), self._by_group(as_scale(part["scales"]), shape), zeros)
 
     def _by_group(self, few: Tensor, shape: tuple[int, ...]) -> Tensor:

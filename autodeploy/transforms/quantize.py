@@ -45,12 +45,14 @@ class QuantizeWeights(Transform):
         changed: dict[str, Recipe] = {}
         for name, form, is_transposed in self.matrices(program):
             recipe = program.weights[name]
-            if (stored := program.weights.format_of(name)) is not None and not isinstance(recipe, Quantized):
+            if _is_quantized(recipe):
+                continue
+            if (stored := program.weights.format_of(name)) is not None:
                 raise ConfigError(
                     f"quantization='{self.scheme}': the checkpoint is quantized already ('{name}' is stored in {stored}). "
                     "Leave 'quantization' out, or give the unquantized checkpoint"
                 )
-            if program.parameter(name).shape[1 if is_transposed else -1] % max(form.block[1], 1) or _is_quantized(recipe):
+            if program.parameter(name).shape[1 if is_transposed else -1] % max(form.block[1], 1):
                 continue
             if is_transposed:
                 changed[name] = Permute(Quantized(Permute(recipe, TRANSPOSED), form), TRANSPOSED)

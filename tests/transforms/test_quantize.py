@@ -89,8 +89,10 @@ def test_the_pass_is_proved_and_shown() -> None:
 
 
 def test_applied_once_more_it_finds_nothing_and_a_saved_program_is_the_same(tmp_path: Path) -> None:
+    joined = lowered(make_model("qwen3"), quantization="w8a8", pipeline=lambda passes: passes.without("select_kernels"))
+    before = joined.weights
+    assert QuantizeWeights(scheme="w8a8").apply(joined, Target()) == 0 and joined.weights == before
     program = lowered(make_model("qwen3"), quantization="w8a8")
-    assert QuantizeWeights(scheme="w8a8").apply(program, Target()) == 0
     program.save(tmp_path)
     assert Program.load(tmp_path).weights == program.weights
 
@@ -183,5 +185,9 @@ def test_options_that_are_refused() -> None:
             autodeploy.compile(model, quantization=given)
     with pytest.raises(ConfigError, match="backend='pytorch'"):
         autodeploy.compile(model, quantization="int8", backend="pytorch")
+    eager = autodeploy.compile(model, backend="pytorch")
+    with pytest.raises(ConfigError, match="there is no program"):
+        eager.report()
+    eager.shutdown()
     with pytest.raises(ConfigError, match="QuantizeWeights"):
         autodeploy.compile(model, quantization="int8", pipeline=autodeploy.default_pipeline())
