@@ -135,10 +135,12 @@ def threads_of(task: Task) -> dict[str, str]:
 
 
 def sizes(task: Task) -> dict[str, Any]:
-    """Of the model; its bytes as if no scales belonged to fewer bits."""
+    """Of the model; with fewer bits its bytes as if no scales belonged to them."""
     with Worker("model") as worker:
         size = worker.ask("size", model=os.fspath(task.model))
-    return {**size, "weight_bytes": size["weight_bytes"] * task.bits // 16}
+    if task.bits != 16:
+        size["weight_bytes"] = (size["body_numbers"] + size["head_numbers"]) * task.bits // 8
+    return size
 
 
 def _limits(task: Task, worker: Worker, dtype: str) -> Machine:

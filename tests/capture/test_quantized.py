@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import autodeploy
-from autodeploy import CheckpointError, SamplingParams, Target, UnsupportedModelError
+from autodeploy import CheckpointError, SamplingParams, UnsupportedModelError
 from autodeploy.capture.quantized import dense_view
 from autodeploy.checkpoint import CheckpointSource, raw_config
-from autodeploy.custom_ops import cpp
 from autodeploy.recipes import evaluate
 from tests.capture.quantized_formats import PRODUCERS, Producer, integers, pairs
+from tests.marks import has_bfloat16_kernels, needs_bfloat16_kernels
 from tests.models.families import make_model
 
 LLAMA = {"hidden_size": 192, "intermediate_size": 320, "num_hidden_layers": 1}
@@ -79,14 +79,13 @@ def test_experts_that_are_stored_one_by_one(name: str, tmp_path: Path) -> None:
     assert any(".experts.1." in key for key in dense_view(raw_config(quantized), CheckpointSource(quantized)).recipes)
     exact = logits(dense)
     assert (logits(quantized) - exact).abs().max() < 1e-4
-    if name in KERNELS and has_kernels:
+    if name in KERNELS and has_bfloat16_kernels:
         compiled = autodeploy.compile(quantized, dtype="bfloat16")
         found, providers = compiled(IDS), {choice.provider for choice in compiled.program.providers["moe"]}
         compiled.shutdown()
         assert providers == {KERNELS[name]} and float((found - exact).norm() / exact.norm()) < 0.06
 
 
-has_kernels = not cpp.against_cpp(Target()) and cpp.isa() == "avx512_bf16"
 KERNELS = {
     "compressed-tensors int8": "cpp_w8a16",
     "compressed-tensors w8a8": "cpp_w8a8",
@@ -103,7 +102,7 @@ KERNELS = {
 }
 
 
-@pytest.mark.skipif(not has_kernels, reason="needs a CPU with AVX-512 BF16")
+@needs_bfloat16_kernels
 @pytest.mark.parametrize("name", KERNELS)
 def test_stored_whole_numbers_are_what_kernels_multiply_with(name: str, tmp_path: Path) -> None:
     producer = BY_NAME[name.replace("w8a8", "int8")]
