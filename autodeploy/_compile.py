@@ -53,8 +53,9 @@ def compile_observed(args: LLMArgs, *observers: Observer) -> CompiledModel:
     timeline = Timeline()
     if args.backend == "pytorch":
         pipeline_of(args)  # a wrong one is refused all the same
-        if args.quantization is not None:
-            raise ConfigError("backend='pytorch' runs the model as it is; leave 'quantization' out, or use backend='autodeploy'")
+        rounds = {"quantization": args.quantization is not None, "kv_cache_config.dtype": args.kv_cache_config.dtype != "auto"}
+        for option in (option for option, is_given in rounds.items() if is_given):
+            raise ConfigError(f"backend='pytorch' runs the model as it is; leave '{option}' out, or use backend='autodeploy'")
         return _eager(args, timeline)
     lowered = _lowered(args, timeline, *observers)
     program = lowered.program
@@ -105,7 +106,7 @@ def pipeline_of(args: LLMArgs) -> Pipeline:
     """The passes that these options ask for."""
     from autodeploy.plugins import edited_pipeline
 
-    return edited_pipeline(args.pipeline, args.plugins, _target(args), args.quantization)
+    return edited_pipeline(args.pipeline, args.plugins, _target(args), args.quantization, args.kv_cache_config.dtype)
 
 
 def _device(args: LLMArgs) -> str:

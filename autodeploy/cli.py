@@ -191,9 +191,8 @@ def quantize_folder(
 def evaluate(
     folder: Annotated[str | None, typer.Argument(help="A checkpoint folder; absent, the shipped demo model.")] = None,
     quantization: Annotated[str | None, typer.Option(help="A scheme to quantize to: int8, w8a8, int4, fp8, ...")] = None,
-    against: Annotated[
-        str | None, typer.Option(help="A folder to compare with; absent, the same without --quantization.")
-    ] = None,
+    kv_cache: Annotated[str | None, typer.Option(help="An element type of the KV cache: int8 or fp8.")] = None,
+    against: Annotated[str | None, typer.Option(help="A folder to compare with; absent, the same without these two.")] = None,
     text: Annotated[Path | None, typer.Option(help="A text file for perplexity and divergence; absent, the questions.")] = None,
     window: Annotated[int, typer.Option(help="Tokens of the text that are looked at together.", min=2)] = 512,
     questions: Annotated[int, typer.Option(help="How many of the demo model's held-out questions; 0: none.", min=0)] = 500,
@@ -206,19 +205,18 @@ def evaluate(
     from autodeploy.bench.shared import parsed
     from autodeploy.eval import answered, score, windows
 
-    model, given = folder or str(DEMO_MODEL), {"dtype": dtype, **dict(map(parsed, option or ()))}
-    if quantization is not None:
-        given["quantization"] = quantization
+    model, plain = folder or str(DEMO_MODEL), {"dtype": dtype, **dict(map(parsed, option or ()))}
+    fewer: dict[str, Any] = {} if quantization is None else {"quantization": quantization}
+    if kv_cache is not None:
+        fewer["kv_cache_config"] = {**plain.get("kv_cache_config", {}), "dtype": kv_cache}
+    name = " and ".join(filter(None, [quantization, kv_cache and f"{kv_cache} KV cache"])) or Path(model).name
     asked, passage = held_out_questions(questions) if questions else [], text.read_text(encoding="utf-8") if text else None
     with ExitStack() as models:
-        llm = models.enter_context(LLM(model, **given))
-        reference = None
-        if against is not None or "quantization" in given:
-            plain = {name: value for name, value in given.items() if name != "quantization"}
-            reference = models.enter_context(LLM(against or model, **plain))
+        llm = models.enter_context(LLM(model, **plain | fewer))
+        reference = models.enter_context(LLM(against or model, **plain)) if against is not None or fewer else None
         texts = answered(llm, asked) if passage is None else windows(llm, passage, window)
         scores = [] if reference is None else [score("reference", reference, texts, asked)]
-        scores.append(score(str(given.get("quantization", Path(model).name)), llm, texts, asked, reference))
+        scores.append(score(name, llm, texts, asked, reference))
     if as_json:
         print(json.dumps([asdict(each) for each in scores], indent=1))
     else:

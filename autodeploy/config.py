@@ -240,7 +240,6 @@ class KVCacheConfig(_Options):
     _LATER = _only_neutral(
         "enable_block_reuse enable_partial_reuse enable_prefix_caching copy_on_partial_reuse max_attention_window "
         "secondary_offload_min_priority",
-        dtype=("auto",),
         host_cache_size=(0,),
         disk_cache_size=(0,),
     )
@@ -251,12 +250,18 @@ class KVCacheConfig(_Options):
     free_memory_fraction: float = Field(
         default=0.25, gt=0.0, lt=1.0, description="the share of the memory available once the weights are loaded, in (0, 1)"
     )
-    dtype: str = Field(default="auto", description="the element type of the cache; auto is that of the model")
+    dtype: Literal["auto", "int8", "float8_e4m3fn"] = Field(
+        default="auto", description="the element type of the cache: auto (that of the model), int8 or fp8"
+    )
 
     @field_validator("dtype", mode="before")
     @classmethod
-    def _bare_dtype(cls, value: object) -> str:
-        return _dtype_name(value)
+    def _known_dtype(cls, value: object) -> object:
+        name = str(value).removeprefix("torch.")
+        name = "float8_e4m3fn" if name in ("fp8", "fp8_e4m3") else name
+        if name not in (known := ("auto", "int8", "float8_e4m3fn")):
+            raise ValueError(f"it is none of auto, int8, fp8.{did_you_mean(name, known)}")
+        return name
 
 
 class QuantConfig(_Options):

@@ -22,17 +22,25 @@ from autodeploy.specs import Target
 from autodeploy.transforms.default import default_pipeline
 from autodeploy.transforms.pipeline import Pipeline
 from autodeploy.transforms.quantize import QuantizeWeights
+from autodeploy.transforms.quantize_cache import QuantizeCache
 
 GROUP = "autodeploy.plugins"
 Plugin = Callable[[Pipeline], Pipeline]
 
 
-def edited_pipeline(given: Any, plugins: Sequence[str], target: Target, quantization: QuantConfig | None = None) -> Pipeline:
+def edited_pipeline(
+    given: Any, plugins: Sequence[str], target: Target, quantization: QuantConfig | None = None, cache_dtype: str = "auto"
+) -> Pipeline:
     """The default pipeline or the one given, as the plugins and then the function given edit it. Raises ConfigError."""
     quantize = None if quantization is None else QuantizeWeights(**dict(quantization))
-    if isinstance(given, Pipeline) and quantize is not None:
-        raise ConfigError("'quantization' edits the default pipeline; put a QuantizeWeights pass into the one that is given")
-    edited = apply_plugins(given if isinstance(given, Pipeline) else default_pipeline(target, quantize), plugins)
+    quantize_cache = None if cache_dtype == "auto" else QuantizeCache(dtype=cache_dtype)
+    asked = {"'quantization'": quantize, "the cache's dtype": quantize_cache}
+    for what, item in asked.items():
+        if isinstance(given, Pipeline) and item is not None:
+            reason = f"{what} edits the default pipeline; put a {type(item).__name__} pass into the one that is given"
+            raise ConfigError(reason)
+    default = given if isinstance(given, Pipeline) else default_pipeline(target, quantize, quantize_cache)
+    edited = apply_plugins(default, plugins)
     if given is None or isinstance(given, Pipeline):
         return edited
     if not callable(given) or not isinstance(edited := given(edited), Pipeline):

@@ -118,9 +118,15 @@ class PagedKV:
         """Caches of one pool share their page tables (or slots)."""
         return PAGES
 
+    @property
+    def numbers(self) -> int:
+        """That are kept of a token, per head: its key, and its value beside it."""
+        return self.head_dim_k + self.head_dim_v
+
     def shape(self, num_pages: int, page_size: int) -> tuple[int, ...]:
-        """Cache tensor: [num_pages, page_size, Hkv, Dk + Dv]; a token's key and value lie side by side."""
-        return (num_pages, page_size, self.num_kv_heads, self.head_dim_k + self.head_dim_v)
+        """Cache tensor: [num_pages, page_size, Hkv, C]; C is Dk + Dv, and `SCALE_BYTES` more in a dtype of 8 bits."""
+        scales = SCALE_BYTES if self.dtype in SCALED_DTYPES else 0
+        return (num_pages, page_size, self.num_kv_heads, self.numbers + scales)
 
     def bytes_per_unit(self, page_size: int) -> int:
         """Bytes of one page (of one slot, for a state)."""
@@ -142,9 +148,9 @@ class SlidingWindowKV(PagedKV):
 class LatentKV(PagedKV):
     """Keys of one head whose last `head_dim_v` numbers are the values too (multi-head latent attention)."""
 
-    def shape(self, num_pages: int, page_size: int) -> tuple[int, ...]:
-        """Cache tensor: [num_pages, page_size, 1, Dk]."""
-        return (num_pages, page_size, self.num_kv_heads, self.head_dim_k)
+    @property
+    def numbers(self) -> int:
+        return self.head_dim_k
 
 
 @dataclass(frozen=True)
@@ -195,4 +201,19 @@ def input_of_pool(name: str, pool: str) -> str:
 EXAMPLE_PAGES, EXAMPLE_PAGE_SIZE = 8, 32
 """Sizes of the pool in values that stand for a cache; nothing may depend on them."""
 
-DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "int64": 8, "int32": 4, "bool": 1}
+DTYPE_BYTES = {
+    "float64": 8,
+    "float32": 4,
+    "bfloat16": 2,
+    "float16": 2,
+    "int64": 8,
+    "int32": 4,
+    "bool": 1,
+    "int8": 1,
+    "float8_e4m3fn": 1,
+}
+
+SCALED_DTYPES = {"int8", "float8_e4m3fn"}
+"""Of caches whose numbers are multiples of scales, of which there are two for each head of a token: its key's, its value's."""
+SCALE_BYTES = 8
+"""Two float32 behind the numbers of a head."""

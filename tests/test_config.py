@@ -146,8 +146,13 @@ def test_other_spellings() -> None:
 )
 def test_dtype_spellings(given: str, name: str) -> None:
     assert LLMArgs(model="x", dtype=given).dtype == name
-    with pytest.raises(ConfigError, match="not supported yet"):
+    with pytest.raises(ConfigError, match="none of auto, int8, fp8"):
         KVCacheConfig(dtype=given)
+
+
+@pytest.mark.parametrize("given", ["fp8", "fp8_e4m3", "float8_e4m3fn", torch.float8_e4m3fn])
+def test_spellings_of_the_caches_dtype(given: object) -> None:
+    assert build(KVCacheConfig, dtype=given).dtype == "float8_e4m3fn"
 
 
 def test_torch_objects_become_names() -> None:

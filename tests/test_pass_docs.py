@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from autodeploy import default_pipeline
 from autodeploy.cli import DEMO_MODEL, app
 from autodeploy.transforms.quantize import QuantizeWeights
+from autodeploy.transforms.quantize_cache import QuantizeCache
 from tests.transforms.helpers import apply, toy_program
 
 ROOT = Path(__file__).parents[1]
@@ -66,7 +67,7 @@ def test_the_list_of_passes_is_up_to_date() -> None:
     assert written == made, "run `python tools/make_passes_doc.py`"
 
 
-@pytest.mark.parametrize("name", default_pipeline(quantize=QuantizeWeights()).names())
+@pytest.mark.parametrize("name", default_pipeline(None, QuantizeWeights(), QuantizeCache()).names())
 def test_every_pass_shows_the_program_before_and_after(name: str) -> None:
     section = (ROOT / "docs" / "passes.md").read_text(encoding="utf-8").partition(f"\n## {name}\n")[2].partition("\n## ")[0]
     assert "before:" in section

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from autodeploy import Effect, Transform, default_pipeline
 from autodeploy.transforms.quantize import QuantizeWeights
+from autodeploy.transforms.quantize_cache import QuantizeCache
 
 ROOT = Path(__file__).parents[1]
 FILE = ROOT / "docs" / "passes.md"
@@ -24,16 +25,16 @@ HEADER = """# The passes
 
 Written by `python tools/make_passes_doc.py` from the docstrings and fields of the passes; a test fails when it is stale.
 
-`autodeploy.default_pipeline()` runs these, in this order, on a program fresh from torch.export; `quantize` only where
-`quantization=` asks for it. What one of them does to a model is shown by `autodeploy inspect MODEL --diff PASS`. The effect
-is what a pass may change beside the graph, and is checked each time it runs. Options are set with
-`pipeline.configure(name, option=value)` or `--set name.option=value`. How to write a pass of your own:
-[write-a-pass.md](write-a-pass.md).
+`autodeploy.default_pipeline()` runs these, in this order, on a program fresh from torch.export; `quantize` and
+`quantize_cache` only where `quantization=` and the `dtype` of the KV cache ask for them. What one of them does to a model is
+shown by `autodeploy inspect MODEL --diff PASS`. The effect is what a pass may change beside the graph, and is checked each
+time it runs. Options are set with `pipeline.configure(name, option=value)` or `--set name.option=value`. How to write a pass of
+your own: [write-a-pass.md](write-a-pass.md).
 """
 
 
 def passes_doc() -> str:
-    passes = default_pipeline(quantize=QuantizeWeights())
+    passes = default_pipeline(quantize=QuantizeWeights(), quantize_cache=QuantizeCache())
     rows = [f"| {i} | [`{item.name}`](#{item.name}) | {item.effect.value} |" for i, item in enumerate(passes, 1)]
     table = "\n".join(["|   | pass | effect |", "|---|---|---|", *rows])
     return "\n".join([HEADER, f"{table}\n", *(line for item in passes for line in section(item))])

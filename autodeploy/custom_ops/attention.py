@@ -11,7 +11,9 @@ from torch import Tensor
 
 from autodeploy.custom_ops.op import semantic_op
 from autodeploy.custom_ops.pointwise import rms_norm, rope
+from autodeploy.specs import SCALE_BYTES, SCALED_DTYPES
 
+SCALED = {getattr(torch, name) for name in SCALED_DTYPES}
 QUERY_BLOCK = 128
 """Query rows per score matrix; the later blocks of a long prompt see more keys than the earlier ones."""
 
@@ -47,13 +49,35 @@ def attention(
 def kv_append(k: Tensor, v: Tensor | None, cache: Tensor, slot_mapping: Tensor) -> None:
     """Write keys [1, Hkv, T, Dk] and values [1, Hkv, T, Dv] to `slot_mapping` [T] of cache [pages, page, Hkv, Dk + Dv].
 
-    Without values the cache is [pages, page, Hkv, Dk]: they are the last part of the keys (a latent cache).
+    Without values the cache is [pages, page, Hkv, Dk]: they are the last part of the keys (a latent cache). A cache of 8 bits
+    has 8 bytes more behind the numbers of a head: what its key's and its value's are multiples of, each a float32.
     """
-    slots = cache.flatten(0, 1)
-    head_dim_k = k.shape[3]
-    slots[:, :, :head_dim_k].index_copy_(0, slot_mapping, k[0].transpose(0, 1))
-    if v is not None:
-        slots[:, :, head_dim_k:].index_copy_(0, slot_mapping, v[0].transpose(0, 1))
+    parts = [x[0].transpose(0, 1) for x in ([k] if v is None else [k, v])]
+    rows = scaled_rows(parts, cache.dtype) if cache.dtype in SCALED else torch.cat(parts, -1)
+    slots, rows = (x.view(torch.uint8) if cache.dtype in SCALED else x for x in (cache.flatten(0, 1), rows))
+    slots.index_copy_(0, slot_mapping, rows)
+
+
+def scaled_rows(parts: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """Keys, and values if they are not part of them, as a cache of 8 bits keeps them: [.., D] each -> [.., C]."""
+    numbers, scales = zip(*(_scaled(part.float(), dtype) for part in parts), strict=True)
+    both = torch.cat([scales[0], scales[-1]], -1)
+    return torch.cat([part.view(torch.uint8) for part in (*numbers, both)], -1).view(dtype)
+
+
+def _scaled(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Numbers of a dtype, and their scale, over the last dim: the nearest multiples of the largest one's."""
+    largest = 127 if dtype == torch.int8 else torch.finfo(dtype).max
+    scale = x.abs().amax(-1, keepdim=True) / largest
+    ratio = x / torch.where(scale > 0, scale, 1)
+    return (ratio.round() if dtype == torch.int8 else ratio).to(dtype), scale
+
+
+def unscaled(rows: Tensor, head_dim_k: int, head_dim_v: int) -> tuple[Tensor, Tensor]:
+    """Keys [.., Dk] and values [.., Dv] in float32 of rows [.., C] of a cache of 8 bits."""
+    numbers, scales = rows.split([rows.shape[-1] - SCALE_BYTES, SCALE_BYTES], -1)
+    numbers, scales = numbers.float(), scales.contiguous().view(torch.float32)
+    return numbers[..., :head_dim_k] * scales[..., :1], numbers[..., -head_dim_v:] * scales[..., 1:]
 
 
 @semantic_op(mutates=["cache"], fake=lambda q, *_: torch.empty_like(q))
@@ -105,8 +129,8 @@ def paged_attention(
     """Each request's queries over its own pages; query i of n new ones stands at position seq_len - n + i.
 
     q [1, H, T, Dk], cache [pages, page, Hkv, C], page_table [B, P], cu_seqlens_q [B + 1], seq_lens [B] -> [1, T, H, Dv].
-    Keys are the first Dk of C, values the last `head_dim_v`; the two overlap in a latent cache. Pages behind what every query
-    sees are not read.
+    Keys are the first Dk of C, values the last `head_dim_v` (before the scales of a cache of 8 bits); the two overlap in a
+    latent cache. Pages behind what every query sees are not read.
     """
     head_dim_k, page_size = q.shape[3], cache.shape[1]
     visible = Visible(window, chunk)
@@ -118,11 +142,20 @@ def paged_attention(
         first_page = visible.first_key(offset) // page_size
         pages = page_table[i, first_page : -(-seq_len // page_size)]
         first = first_page * page_size
-        kv = cache.index_select(0, pages).flatten(0, 1)[: seq_len - first].transpose(0, 1)
+        kv = _pages(cache, pages).flatten(0, 1)[: seq_len - first].transpose(0, 1)
         k, v = kv[..., :head_dim_k], kv[..., -head_dim_v:]
+        if cache.dtype in SCALED:
+            k, v = (x.to(q.dtype) for x in unscaled(kv, head_dim_k, head_dim_v))
         queries = q[0, :, start:stop]
         out[0, start:stop] = attend(queries, k, v, offset, sinks, scale, visible, softcap, alibi, first)
     return out
+
+
+def _pages(cache: Tensor, pages: Tensor) -> Tensor:
+    """Those pages of it."""
+    if cache.dtype not in SCALED:
+        return cache.index_select(0, pages)
+    return cache.view(torch.uint8).index_select(0, pages).view(cache.dtype)  # torch selects no floats of 8 bits
 
 
 @dataclass(frozen=True)

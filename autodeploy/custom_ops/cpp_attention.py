@@ -1,4 +1,4 @@
-"""Paged attention and the write to its cache in C++, for CPUs: float32 and bfloat16, every feature of the ops.
+"""Paged attention and the write to its cache in C++, for CPUs: float32 and bfloat16, caches of int8, every feature of the ops.
 
 A token alone is served by streaming its cache, whole tokens at a time; several tokens of a request in tiles of 64 query rows.
 What a request gets depends on the request alone: not on those served beside it, and not on the number of threads.
@@ -18,9 +18,9 @@ from autodeploy.custom_ops.op import Provider
 DTYPES = (torch.float32, torch.bfloat16)
 MAX_HEAD_DIM = 1024
 """Of what `rope_append` turns."""
-_append = Kernel("kv_append", "pppp" + "l" * 12)
-_rope_append = Kernel("rope_append", "p" * 10 + "l" * 14 + "ffll")
-_attend = Kernel("paged_attention", "pppppppp" + "l" * 17 + "ff")
+_append = Kernel("kv_append", "pppp" + "l" * 13)
+_rope_append = Kernel("rope_append", "p" * 10 + "l" * 14 + "fflll")
+_attend = Kernel("paged_attention", "pppppppp" + "l" * 18 + "ff")
 
 
 def cpp_kv_append(k: Tensor, v: Tensor | None, cache: Tensor, slot_mapping: Tensor) -> None:
@@ -32,10 +32,11 @@ def cpp_kv_append(k: Tensor, v: Tensor | None, cache: Tensor, slot_mapping: Tens
         cache.data_ptr(),
         slot_mapping.data_ptr(),
         k.element_size(),
+        cache.element_size(),
         tokens,
         heads,
         head_dim_k,
-        cache.shape[3] - head_dim_k,
+        0 if v is None else v.shape[3],
         *k.stride()[1:],
         *(k if v is None else v).stride()[1:],
         torch.get_num_threads(),
@@ -70,6 +71,7 @@ def cpp_paged_attention(
         _pointer(alibi),
         out.data_ptr(),
         q.element_size(),
+        cache.element_size(),
         0 if sinks is None else sinks.element_size(),
         0 if alibi is None else alibi.element_size(),
         seq_lens.shape[0],
@@ -127,12 +129,13 @@ def cpp_rope_append(
         k.shape[1],
         tokens,
         width,
-        cache.shape[3] - width,
+        v.shape[3],
         *(stride for x in (q, k, v, out) for stride in x.stride()[1:3]),
         interleaved,
         eps,
         offset,
         q.element_size(),
+        cache.element_size(),
         torch.get_num_threads(),
     )
     return out
@@ -194,10 +197,13 @@ def against_attention(
     return [*_against_cache(cache, q), *integers, *numbers] or against_cpp(target)
 
 
-def _against_cache(cache: Tensor, *beside: Tensor | None) -> list[str]:
+def _against_cache(cache: Tensor, x: Tensor, *beside: Tensor | None) -> list[str]:
+    """x: keys or queries; the others are of its dtype, and so is the cache, or of bytes with scales."""
     checks = {
-        f"it has no {_name(cache.dtype)}": cache.dtype not in DTYPES,
-        "the cache is of another dtype": any(tensor is not None and tensor.dtype != cache.dtype for tensor in beside),
+        f"it has no {_name(x.dtype)}": x.dtype not in DTYPES,
+        f"it has no cache of {_name(cache.dtype)}": cache.dtype not in (*DTYPES, torch.int8),
+        "the cache is of another dtype": cache.dtype not in (x.dtype, torch.int8),
+        "what is written or read is of several dtypes": any(other is not None and other.dtype != x.dtype for other in beside),
         "the cache is not dense": not cache.is_contiguous(),
     }
     return [reason for reason, holds in checks.items() if holds]

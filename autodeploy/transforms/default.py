@@ -18,11 +18,14 @@ from autodeploy.transforms.match_rope import MatchRope
 from autodeploy.transforms.pipeline import Pipeline
 from autodeploy.transforms.prove_packing import ProvePacking
 from autodeploy.transforms.quantize import QuantizeWeights
+from autodeploy.transforms.quantize_cache import QuantizeCache
 from autodeploy.transforms.select_kernels import SelectKernels
 
 
-def default_pipeline(target: Target | None = None, quantize: QuantizeWeights | None = None) -> Pipeline:
-    """All passes, in order. target: what to compile for; None is this machine. quantize: how, where that is asked for."""
+def default_pipeline(
+    target: Target | None = None, quantize: QuantizeWeights | None = None, quantize_cache: QuantizeCache | None = None
+) -> Pipeline:
+    """All passes, in order. target: what to compile for; None is this machine. The others: how, where that is asked for."""
     return Pipeline(
         (
             # exported -> canonical: what the model says, in semantic ops
@@ -39,6 +42,7 @@ def default_pipeline(target: Target | None = None, quantize: QuantizeWeights | N
             FuseAddNorm(),
             # canonical -> lowered: caches, the rows that are sampled, kernels
             InsertPagedAttention(),
+            *([] if quantize_cache is None else [quantize_cache]),
             InsertStates(),
             GatherLogits(),
             FuseRopeAppend(),

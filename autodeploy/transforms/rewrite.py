@@ -166,7 +166,13 @@ def insert_cache(program: Program, prefix: str, spec: CacheSpec) -> fx.Node:
     graph = program.graph.graph
     name = f"{prefix}_{sum(known.startswith(prefix) for known in program.caches)}"
     with graph.inserting_after([node for node in graph.nodes if node.op == "placeholder"][-1]):
-        node = graph.placeholder(name)
+        graph.placeholder(name)
+    return set_cache(program, name, spec)
+
+
+def set_cache(program: Program, name: str, spec: CacheSpec) -> fx.Node:
+    """The placeholder of that name, which now is a cache like this."""
+    node = next(node for node in program.graph.graph.nodes if node.op == "placeholder" and node.name == name)
     with fake_mode(program):
         node.meta["val"] = torch.empty(spec.shape(EXAMPLE_PAGES, EXAMPLE_PAGE_SIZE), dtype=getattr(torch, spec.dtype))
     program.caches[name] = spec

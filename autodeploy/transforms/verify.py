@@ -12,6 +12,7 @@ from torch import fx
 from autodeploy import custom_ops as ops
 from autodeploy.codec import FUNCTIONS, describe
 from autodeploy.custom_ops import PROVIDED, SEMANTIC_OPS, symbolic
+from autodeploy.custom_ops.attention import SCALED
 from autodeploy.custom_ops.recurrent import RECURRENT_OPS
 from autodeploy.program import NodeRecord, Program, Snapshot, op_name, symbols
 from autodeploy.specs import STATES, Level
@@ -27,7 +28,7 @@ ONE_DTYPE = {
     ops.rope_append.overload: 4,
     ops.paged_attention.overload: 2,
 }
-"""Ops whose first arguments must share a dtype, which deriving their value does not notice."""
+"""Ops whose first arguments must share a dtype, which deriving their value does not notice; caches of 8 bits suit any."""
 TURNED = {ops.rope.overload: (0, 1, 2), ops.rope_append.overload: (0, 5, 6)}
 """Ops that turn something by cos and sin, which must not widen it."""
 
@@ -125,7 +126,7 @@ def _check_values(before: Snapshot, program: Program) -> None:
 
 def _mixed_dtypes(node: fx.Node) -> str:
     """Dtypes that a call may not read together."""
-    same = _dtypes(node.args[: ONE_DTYPE.get(node.target, 0)])
+    same = [dtype for dtype in _dtypes(node.args[: ONE_DTYPE.get(node.target, 0)]) if dtype not in SCALED]
     turned = _dtypes(node.args[i] for i in TURNED.get(node.target, ()))
     is_wider = bool(turned) and reduce(torch.promote_types, turned) != turned[0]
     wrong = same if len(set(same)) > 1 else turned if is_wider else []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 
@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from autodeploy.custom_ops import symbolic
 from autodeploy.custom_ops.recurrent import RECURRENT_OPS
 from autodeploy.program import Program
+from autodeploy.specs import SCALED_DTYPES
 from autodeploy.transforms.base import Effect
 from autodeploy.transforms.interpret import Interpreter, draw, parameters
 from autodeploy.transforms.rewrite import aten, calls, val
@@ -144,9 +145,12 @@ def _run_paged(program: Program, interpreter: Interpreter, requests: list[Tensor
 
 
 def _caches(program: Program, interpreter: Interpreter, num_pages: int) -> list[Tensor]:
-    """Filled with large numbers: what is read without having been written shows."""
-    dtypes = [torch.float64 if interpreter.wide else getattr(torch, spec.dtype) for spec in program.caches.values()]
-    shapes = [spec.shape(num_pages, PAGE_SIZE) for spec in program.caches.values()]
+    """Filled with large numbers: what is read without having been written shows. One of 8 bits does not round here."""
+    specs = [
+        replace(spec, dtype=_working_dtype(program)) if spec.dtype in SCALED_DTYPES else spec for spec in program.caches.values()
+    ]
+    dtypes = [torch.float64 if interpreter.wide else getattr(torch, spec.dtype) for spec in specs]
+    shapes = [spec.shape(num_pages, PAGE_SIZE) for spec in specs]
     return [torch.full(shape, 1e4, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
 
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from autodeploy.custom_ops import cpp_attention, cpp_pointwise, kv_append, paged_attention, rope_append
-from autodeploy.custom_ops.attention import Visible
+from autodeploy.custom_ops.attention import Visible, scaled_rows, unscaled
 from autodeploy.custom_ops.cpp import isas, kernels, record_kernels
-from autodeploy.specs import Target
+from autodeploy.specs import SCALE_BYTES, Target
 
 DTYPES = (torch.float32, torch.bfloat16)
 MIXED = ((1, 1), (1, 300), (5, 5), (70, 200), (3, 100), (1, 16), (64, 64), (1, 513))
@@ -133,6 +133,27 @@ def test_a_mixed_batch_is_as_near_to_float64_as_the_reference(dtype: torch.dtype
     assert ours <= (5e-7 if dtype is torch.float32 else 1.2 * reference)
 
 
+@pytest.mark.parametrize(("shape", "extras"), [case for case in CASES if case[0] != "small latent"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_mixed_batch_over_a_cache_of_bytes_adds_no_error_to_what_the_bytes_stand_for(
+    dtype: torch.dtype, shape: str, extras: str
+) -> None:
+    torch.manual_seed(0)
+    step = Step(SHAPES[shape], dtype, EXTRAS[extras])
+    sizes = (step.shape.head_dim_k, step.shape.head_dim_v)
+    parts = [step.cache] if step.shape.latent else list(step.cache.split(sizes, -1))
+    rows = scaled_rows(parts, torch.int8)
+    keys, values = unscaled(rows, *sizes)
+    step.cache = keys if step.shape.latent else torch.cat([keys, values], -1)
+    expected = paged_attention.reference(*step.arguments(torch.float64))
+    step.cache = step.cache.to(dtype)
+    rounded = error(paged_attention.reference(*step.arguments()), expected)
+    q, _, *rest = step.arguments()
+    ours, reference = (error(attend(q, rows, *rest), expected) for attend in (run, paged_attention.reference))
+    assert ours <= (5e-7 if dtype is torch.float32 else 1.2 * rounded)
+    assert reference <= (5e-7 if dtype is torch.float32 else 1.2 * rounded)
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", ["plain", "latent"])
@@ -174,16 +195,17 @@ def test_a_call_made_again_reads_the_lengths_and_pages_of_its_own_step() -> None
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("norm", [(), (1e-6, 0.0, False), (1e-5, 1.0, True)], ids=["plain", "normed", "offset"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("in_bytes", [False, True])
 def test_turning_and_appending_at_once_gives_the_bits_of_one_after_the_other(
-    dtype: torch.dtype, norm: tuple[Any, ...], interleaved: bool, tokens: int
+    in_bytes: bool, dtype: torch.dtype, norm: tuple[Any, ...], interleaved: bool, tokens: int
 ) -> None:
     torch.manual_seed(0)
     q, k, v = torch.randn(1, tokens, 16, 40).to(dtype).transpose(1, 2).split([8, 4, 4], 1)
-    v = v[..., :33]
+    v = v[..., :36]
     cos, sin = (torch.randn(1, 1, tokens, 40).to(dtype) for _ in range(2))
     weights = [torch.randn(40).to(dtype), None] if norm else []
-    ours = torch.full((64, 4, 4, 73), float("nan"), dtype=dtype)
-    expected, slots = ours.clone(), torch.randperm(256)[:tokens]
+    ours, slots = empty_cache(76, 4, None if in_bytes else dtype), torch.randperm(256)[:tokens]
+    expected = ours.clone()
     arguments = (cos, sin, interleaved, *weights, *norm)
     provider, against = rope_append.choose(Target("cpu"), q, k, v, ours, slots, *arguments)
     assert provider.name == "cpp", against
@@ -198,17 +220,31 @@ def test_turning_and_appending_at_once_gives_the_bits_of_one_after_the_other(
 @pytest.mark.parametrize("tokens", [3, 200])
 @pytest.mark.parametrize("latent", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_keys_and_values_are_written_where_the_reference_writes_them(dtype: torch.dtype, latent: bool, tokens: int) -> None:
+@pytest.mark.parametrize("in_bytes", [False, True])
+def test_keys_and_values_are_written_where_the_reference_writes_them(
+    in_bytes: bool, dtype: torch.dtype, latent: bool, tokens: int
+) -> None:
     torch.manual_seed(0)
     k = torch.randn(1, tokens, 8, 40).to(dtype).transpose(1, 2)
-    v = None if latent else torch.randn(1, 8, 33, tokens).to(dtype).transpose(2, 3)
-    ours = torch.full((64, 4, 8, 40 + (0 if latent else 33)), float("nan"), dtype=dtype)
-    expected, slots = ours.clone(), torch.randperm(256)[:tokens]
+    v = None if latent else torch.randn(1, 8, 36, tokens).to(dtype).transpose(2, 3)
+    k[0, 1, 0], k[0, 2, 1, 7], k[0, 3, 2, 9] = 0, float("nan"), float("inf")
+    ours, slots = empty_cache(40 if latent else 76, 8, None if in_bytes else dtype), torch.randperm(256)[:tokens]
+    expected = ours.clone()
     provider, against = kv_append.choose(Target("cpu"), k, v, ours, slots)
     assert provider.name == "cpp", against
     provider.function(k, v, ours, slots)
     kv_append.reference(k, v, expected, slots)
+    if in_bytes:  # in a row that is not of numbers, only that is told
+        ours, expected = (torch.cat(unscaled(cache, 40, 40 if latent else 36), -1) for cache in (ours, expected))
+        assert ours.isnan().any() and not ours.isnan().all()
     assert torch.equal(ours.nan_to_num(99), expected.nan_to_num(99))
+
+
+def empty_cache(numbers: int, heads: int, dtype: torch.dtype | None) -> Tensor:
+    """[64, 4, heads, C], not numbers where that can be; None: of bytes with their scales."""
+    if dtype is None:
+        return torch.zeros(64, 4, heads, numbers + SCALE_BYTES, dtype=torch.int8)
+    return torch.full((64, 4, heads, numbers), float("nan"), dtype=dtype)
 
 
 @pytest.mark.parametrize(
@@ -235,7 +271,7 @@ def test_every_instruction_set_of_this_cpu_is_as_good(isa: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "mixed_batch and (small or odd)"]
     environment = {**os.environ, "AUTODEPLOY_CPP_ISA": isa, "OMP_WAIT_POLICY": "passive"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert "18 passed" in done.stdout and done.returncode == 0, done.stdout
+    assert "32 passed" in done.stdout and done.returncode == 0, done.stdout
 
 
 def test_without_cpp_the_reference_serves(monkeypatch: pytest.MonkeyPatch) -> None:

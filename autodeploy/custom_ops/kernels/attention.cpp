@@ -22,7 +22,7 @@ struct Split {
     int64_t token, first, last;
 };
 
-template <typename T>
+template <typename T, typename S>
 class Plan {
   public:
     std::vector<Task> tasks;
@@ -30,7 +30,7 @@ class Plan {
     int64_t partials = 0;
 
     // Long tasks come first, and short ones fill the gaps at the end.
-    void make(const Call<T>& call, int64_t threads) {
+    void make(const Call<T, S>& call, int64_t threads) {
         tasks.clear(), splits.clear(), partials = 0;
         for (int64_t i = 0; i < call.requests; i++)
             if (call.new_tokens(i) > 1) add_tiles(call, i);
@@ -41,7 +41,7 @@ class Plan {
     }
 
   private:
-    void add_tiles(const Call<T>& call, int64_t request) {
+    void add_tiles(const Call<T, S>& call, int64_t request) {
         const int64_t rows = call.new_tokens(request) * call.group();
         for (int64_t row = (rows - 1) / ROWS * ROWS; row >= 0; row -= ROWS)
             for (int64_t head = 0; head < call.kv_heads; head++)
@@ -61,7 +61,7 @@ class Plan {
         }
     }
 
-    void add_token(const Call<T>& call, int64_t request) {
+    void add_token(const Call<T, S>& call, int64_t request) {
         const bool in_tiles = call.group() >= LARGE_GROUP;
         const int64_t seq_len = call.seq_lens[request], low = call.first_seen(seq_len - 1), size = in_tiles ? TILE_RANGE : RANGE;
         const bool is_split = low / size != (seq_len - 1) / size;
@@ -78,15 +78,15 @@ class Plan {
 };
 
 // What is worked on: made by one thread, for all.
-template <typename T>
+template <typename T, typename S>
 class Attention {
-    Plan<T> plan;
+    Plan<T, S> plan;
     Scratch memory;
     float* partials = nullptr;  // [partials, H, Dv + 2]: largest, sum, values
     std::atomic<int64_t> next_task, next_row;
 
   public:
-    void prepare(const Call<T>& call, int64_t threads) {
+    void prepare(const Call<T, S>& call, int64_t threads) {
         plan.make(call, threads);
         const int64_t size = plan.partials * partial_size(call);
         memory.reserve(Scratch::bytes_of<float>(size));
@@ -95,7 +95,7 @@ class Attention {
     }
 
     // On every thread.
-    void work(const Call<T>& call) {
+    void work(const Call<T, S>& call) {
         thread_local Scratch scratch;
         take_turns(next_task, int64_t(plan.tasks.size()), [&](int64_t i) { run_task(call, plan.tasks[i], scratch); });
         const int64_t rows = int64_t(plan.splits.size()) * call.heads;  // read while the plan is sure to be this call's
@@ -106,7 +106,7 @@ class Attention {
     }
 
   private:
-    static int64_t partial_size(const Call<T>& call) { return call.heads * (call.head_dim_v + 2); }
+    static int64_t partial_size(const Call<T, S>& call) { return call.heads * (call.head_dim_v + 2); }
 
     // Calls body(i) for each i below count, on whichever thread is free.
     template <typename Body>
@@ -114,7 +114,7 @@ class Attention {
         for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) body(i);
     }
 
-    void run_task(const Call<T>& call, const Task& task, Scratch& scratch) {
+    void run_task(const Call<T, S>& call, const Task& task, Scratch& scratch) {
         if (task.first_row >= 0) return run_tile(call, task, scratch);
         const int64_t group = std::min<int64_t>(call.group(), MAX_SLICE);
         if (group == 1) return run_decode<1>(call, task, scratch);
@@ -124,18 +124,18 @@ class Attention {
     }
 
     template <int SLICE>
-    void run_decode(const Call<T>& call, const Task& task, Scratch& scratch) {
-        scratch.reserve(DecodeRange<T, SLICE>::bytes(call, task.num_heads, RANGE));
-        DecodeRange<T, SLICE> range(call, task.kv_head, task.num_heads, scratch, RANGE);
+    void run_decode(const Call<T, S>& call, const Task& task, Scratch& scratch) {
+        scratch.reserve(DecodeRange<T, S, SLICE>::bytes(call, task.num_heads, RANGE));
+        DecodeRange<T, S, SLICE> range(call, task.kv_head, task.num_heads, scratch, RANGE);
         range.run(task.request, task.first, task.last);
         const int64_t first = task.kv_head * call.group(), count = task.num_heads * call.group();
         for (int64_t head = 0; head < count; head++)
             keep(call, task.partial, call.cu_seqlens_q[task.request], first + head, range.row(head));
     }
 
-    void run_tile(const Call<T>& call, const Task& task, Scratch& scratch) {
-        scratch.reserve(Tile<T>::bytes(call));
-        Tile<T> tile(call, scratch);
+    void run_tile(const Call<T, S>& call, const Task& task, Scratch& scratch) {
+        scratch.reserve(Tile<T, S>::bytes(call));
+        Tile<T, S> tile(call, scratch);
         const int64_t rows = std::min<int64_t>(ROWS, call.new_tokens(task.request) * call.group() - task.first_row);
         tile.run(task.request, task.kv_head, task.first_row, rows, task.first, task.last);
         for (int64_t i = 0; i < rows; i++) {
@@ -144,18 +144,18 @@ class Attention {
         }
     }
 
-    void keep(const Call<T>& call, int64_t partial, int64_t token, int64_t head, Partial row) {
+    void keep(const Call<T, S>& call, int64_t partial, int64_t token, int64_t head, Partial row) {
         if (partial < 0) return finish(call, token, head, row);
         float* to = place(call, partial, head);
         to[0] = row.largest, to[1] = row.sum;
         std::copy(row.values, row.values + call.head_dim_v, to + 2);
     }
 
-    float* place(const Call<T>& call, int64_t partial, int64_t head) const {
+    float* place(const Call<T, S>& call, int64_t partial, int64_t head) const {
         return partials + partial * partial_size(call) + head * (call.head_dim_v + 2);
     }
 
-    void merge(const Call<T>& call, const Split& split, int64_t head, Scratch& scratch) {
+    void merge(const Call<T, S>& call, const Split& split, int64_t head, Scratch& scratch) {
         scratch.reserve(Scratch::bytes_of<float>(call.head_dim_v));
         float* values = scratch.take<float>(call.head_dim_v);
         float top = -INFINITE, sum = 0;
@@ -170,67 +170,65 @@ class Attention {
     }
 };
 
-template <typename T>
-void attend(const Call<T>& call, int64_t threads) {
+template <typename T, typename S>
+void attend(const Call<T, S>& call, int64_t threads) {
     in_team(threads, [&] {
-        thread_local Attention<T> own;
+        thread_local Attention<T, S> own;
         if (me == 0) own.prepare(call, threads);
         (team ? team->of_first(own) : own).work(call);
     });
 }
 
-// bytes: of a number of q, cache and out; sinks and alibi have their own.
+// bytes: of a number of q and out; cache, sinks and alibi have their own.
 EXPORT void autodeploy_paged_attention(const void* q, const void* cache, const int64_t* page_table, const int32_t* cu_seqlens_q,
                                        const int32_t* seq_lens, const void* sinks, const void* alibi, void* out, int64_t bytes,
-                                       int64_t sinks_bytes, int64_t alibi_bytes, int64_t requests, int64_t heads,
+                                       int64_t cache_bytes, int64_t sinks_bytes, int64_t alibi_bytes, int64_t requests, int64_t heads,
                                        int64_t kv_heads, int64_t head_dim_k, int64_t head_dim_v, int64_t width, int64_t page_size,
                                        int64_t q_head_stride, int64_t q_token_stride, int64_t q_dim_stride,
                                        int64_t page_table_stride, int64_t window, int64_t chunk, int64_t threads, float scale,
                                        float softcap) {
-    const auto run = [&]<typename T>(T) {
-        attend(Call<T>{static_cast<const T*>(q), static_cast<const T*>(cache), page_table, cu_seqlens_q, seq_lens,
+    by_sizes(bytes, cache_bytes, [&]<typename T, typename S>(T, S) {
+        attend(Call<T, S>{static_cast<const T*>(q), static_cast<const S*>(cache), page_table, cu_seqlens_q, seq_lens,
                        {sinks, sinks_bytes}, {alibi, alibi_bytes}, static_cast<T*>(out), requests, heads, kv_heads, head_dim_k,
                        head_dim_v, width, page_size, q_head_stride, q_token_stride, q_dim_stride, page_table_stride, window,
                        chunk, scale, softcap},
                threads);
-    };
-    bytes == 4 ? run(float{}) : run(bf16{});
+    });
 }
 RECORDABLE(autodeploy_paged_attention)
 
-// Numbers [count] of a row that may be strided.
+// Numbers [count] of a row that may be strided, which then are copied.
 template <typename T>
-inline void copy_row(const T* from, int64_t stride, int64_t count, T* to) {
-    if (stride == 1) {
-        memcpy(to, from, count * sizeof(T));
-    } else {
-        for (int64_t d = 0; d < count; d++) to[d] = from[d * stride];
-    }
+inline const T* dense(const T* from, int64_t stride, int64_t count, std::vector<T>& copy) {
+    if (stride == 1) return from;
+    copy.resize(count);
+    for (int64_t d = 0; d < count; d++) copy[d] = from[d * stride];
+    return copy.data();
 }
 
 // k [Hkv, T, Dk] and v [Hkv, T, Dv] (or null), strided, to slots [T] of cache [slots, Hkv, width].
-template <typename T>
-void append(const T* k, const T* v, T* cache, const int64_t* slots, int64_t tokens, int64_t heads, int64_t head_dim_k,
+template <typename T, typename S>
+void append(const T* k, const T* v, S* cache, const int64_t* slots, int64_t tokens, int64_t heads, int64_t head_dim_k,
             int64_t head_dim_v, const int64_t (&k_strides)[3], const int64_t (&v_strides)[3], int64_t threads) {
-    const int64_t width = head_dim_k + head_dim_v;
+    const int64_t width = head_dim_k + head_dim_v + SCALE_BYTES<T, S>;
     parallel(tokens * heads * width < (1 << 16) ? 1 : threads, tokens, [&](int64_t first, int64_t last) {
+        std::vector<T> copies[2];
         for (int64_t t = first; t < last; t++)
             for (int64_t h = 0; h < heads; h++) {
-                T* to = cache + (slots[t] * heads + h) * width;
-                copy_row(k + h * k_strides[0] + t * k_strides[1], k_strides[2], head_dim_k, to);
-                if (v) copy_row(v + h * v_strides[0] + t * v_strides[1], v_strides[2], head_dim_v, to + head_dim_k);
+                const T* key = dense(k + h * k_strides[0] + t * k_strides[1], k_strides[2], head_dim_k, copies[0]);
+                const T* value = v ? dense(v + h * v_strides[0] + t * v_strides[1], v_strides[2], head_dim_v, copies[1]) : nullptr;
+                keep(key, head_dim_k, value, head_dim_v, cache + (slots[t] * heads + h) * width);
             }
     });
 }
 
-EXPORT void autodeploy_kv_append(const void* k, const void* v, void* cache, const int64_t* slots, int64_t bytes, int64_t tokens,
-                                 int64_t heads, int64_t head_dim_k, int64_t head_dim_v, int64_t k_head_stride,
-                                 int64_t k_token_stride, int64_t k_dim_stride, int64_t v_head_stride, int64_t v_token_stride,
-                                 int64_t v_dim_stride, int64_t threads) {
-    const auto run = [&]<typename T>(T) {
-        append(static_cast<const T*>(k), static_cast<const T*>(v), static_cast<T*>(cache), slots, tokens, heads, head_dim_k,
+EXPORT void autodeploy_kv_append(const void* k, const void* v, void* cache, const int64_t* slots, int64_t bytes,
+                                 int64_t cache_bytes, int64_t tokens, int64_t heads, int64_t head_dim_k, int64_t head_dim_v,
+                                 int64_t k_head_stride, int64_t k_token_stride, int64_t k_dim_stride, int64_t v_head_stride,
+                                 int64_t v_token_stride, int64_t v_dim_stride, int64_t threads) {
+    by_sizes(bytes, cache_bytes, [&]<typename T, typename S>(T, S) {
+        append(static_cast<const T*>(k), static_cast<const T*>(v), static_cast<S*>(cache), slots, tokens, heads, head_dim_k,
                head_dim_v, {k_head_stride, k_token_stride, k_dim_stride}, {v_head_stride, v_token_stride, v_dim_stride}, threads);
-    };
-    bytes == 4 ? run(float{}) : run(bf16{});
+    });
 }
 RECORDABLE(autodeploy_kv_append)

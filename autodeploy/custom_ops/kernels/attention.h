@@ -6,7 +6,7 @@
 #include <type_traits>
 #include <utility>
 
-#include "common.h"
+#include "cache.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
@@ -34,10 +34,10 @@ struct PerHead {
 };
 
 // The arguments of a call. Lengths are read when it runs: only shapes and addresses may be remembered from call to call.
-template <typename T>
+template <typename T, typename S>
 struct Call {
     const T* q;                   // [H, T, Dk], strided
-    const T* cache;               // [pages, page, Hkv, width]: keys are the first Dk numbers of the width, values the last Dv
+    const S* cache;               // [pages, page, Hkv, width]: keys are the first Dk numbers, values the last Dv before any scales
     const int64_t* page_table;    // [B, P], rows strided
     const int32_t* cu_seqlens_q;  // [B + 1]
     const int32_t* seq_lens;      // [B]
@@ -57,8 +57,17 @@ struct Call {
         return chunk ? std::max(in_window, position / chunk * chunk) : in_window;
     }
 
+    // Where the values of a row of the cache start.
+    int64_t values() const { return width - SCALE_BYTES<T, S> - head_dim_v; }
+
+    // Of the keys (0) or values (1) of tokens at that place, which are no multiples of scales where T is S.
+    void find_scales(const S* const* tokens, int64_t count, int64_t place, int which, float* found) const {
+        if constexpr (IS_SCALED<T, S>)
+            for (int64_t i = 0; i < count; i++) found[i] = scale_of(tokens[i] + place, width, which);
+    }
+
     // Addresses of the tokens [first, last) of a request, each with all its heads.
-    void find_tokens(int64_t request, int64_t first, int64_t last, const T** found) const {
+    void find_tokens(int64_t request, int64_t first, int64_t last, const S** found) const {
         const int64_t* page = page_table + request * page_table_stride + first / page_size;
         int64_t within = first % page_size;
         for (int64_t i = 0; i < last - first; i++, within++) {
@@ -78,21 +87,26 @@ struct Singles {
     using Operand = Vec;
     static constexpr int TOGETHER = 1, WIDTH = LANES;  // stored numbers of a unit, of an operand
 
-    static Unit unit(const T* from, int64_t) { return widen(*from); }
+    template <typename S>
+    static Unit unit(const S* from, int64_t) {
+        return widen(*from);
+    }
     static Operand load(const Unit* from) { return ::load(from); }
     static Operand spread(Unit x) { return all(x); }
     static Vec dot(Vec total, Operand a, Operand b) { return total + a * b; }
 
     // The next `count` numbers, zeros after them.
-    static Operand read(const T* from, int64_t count) {
+    template <typename S>
+    static Operand read(const S* from, int64_t count) {
         if (count >= WIDTH) return ::load(from);
-        T some[WIDTH] = {};
-        memcpy(some, from, count * sizeof(T));
+        S some[WIDTH] = {};
+        memcpy(some, from, count * sizeof(S));
         return ::load(some);
     }
 
     // Numbers of TOGETHER tokens, so that a lane holds the same number of each.
-    static void interleave(const T* const* tokens, int64_t offset, int64_t count, Operand* into) {
+    template <typename S>
+    static void interleave(const S* const* tokens, int64_t offset, int64_t count, Operand* into) {
         into[0] = read(tokens[0] + offset, count);
     }
 
@@ -111,9 +125,12 @@ struct Pairs {
     using Operand = __m512bh;
     static constexpr int TOGETHER = 2, WIDTH = 2 * LANES;
 
-    static Unit unit(const bf16* from, int64_t count) {
-        return from[0].bits | (count > 1 ? uint32_t(from[1].bits) << 16 : 0);
+    template <typename S>
+    static Unit unit(const S* from, int64_t count) {
+        return bits(from[0]) | (count > 1 ? bits(from[1]) << 16 : 0);
     }
+    static uint32_t bits(bf16 x) { return x.bits; }
+    static uint32_t bits(int8_t x) { return __builtin_bit_cast(uint32_t, float(x)) >> 16; }
     static Operand load(const Unit* from) { return (Operand)_mm512_loadu_si512(from); }
     static Operand spread(Unit x) { return (Operand)_mm512_set1_epi32(int32_t(x)); }
     static Vec dot(Vec total, Operand a, Operand b) { return _mm512_dpbf16_ps(total, a, b); }
@@ -122,9 +139,20 @@ struct Pairs {
         if (count >= WIDTH) return _mm512_loadu_si512(from);
         return _mm512_maskz_loadu_epi16(__mmask32((uint64_t(1) << count) - 1), from);
     }
-    static Operand read(const bf16* from, int64_t count) { return (Operand)words(from, count); }
+    static __m512i words(const int8_t* from, int64_t count) {
+        const __mmask32 given = count >= WIDTH ? ~__mmask32(0) : __mmask32((uint64_t(1) << count) - 1);
+        const __m512i whole = _mm512_cvtepi8_epi16(_mm256_maskz_loadu_epi8(given, from));
+        const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm512_castsi512_si256(whole)));
+        const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm512_extracti64x4_epi64(whole, 1)));
+        return (__m512i)_mm512_cvtne2ps_pbh(high, low);
+    }
+    template <typename S>
+    static Operand read(const S* from, int64_t count) {
+        return (Operand)words(from, count);
+    }
 
-    static void interleave(const bf16* const* tokens, int64_t offset, int64_t count, Operand* into) {
+    template <typename S>
+    static void interleave(const S* const* tokens, int64_t offset, int64_t count, Operand* into) {
         const __m512i first = words(tokens[0] + offset, count), second = words(tokens[1] + offset, count);
         into[0] = (Operand)_mm512_permutex2var_epi16(first, alternating(0), second);
         into[1] = (Operand)_mm512_permutex2var_epi16(first, alternating(16), second);
@@ -215,8 +243,8 @@ struct Partial {
 };
 
 // Writes a row of the output: the sum of values over the sum of weights, a sink among them.
-template <typename T>
-inline void finish(const Call<T>& call, int64_t token, int64_t head, Partial row) {
+template <typename T, typename S>
+inline void finish(const Call<T, S>& call, int64_t token, int64_t head, Partial row) {
     float top = row.largest, before = 1, total = row.sum;
     if (call.sinks.numbers) {
         const float sink = call.sinks[head];

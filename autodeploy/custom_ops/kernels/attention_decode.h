@@ -26,16 +26,16 @@ inline Vec sums(Vec* x) {
 }
 
 // Asks for the tokens of the next block in the order of memory, while those of this one are worked on.
-template <typename T>
+template <typename S>
 struct Ahead {
-    const T* const* token;
-    const T* const* end;
+    const S* const* token;
+    const S* const* end;
     int64_t width, at = 0;  // numbers of a token, and how many of them have been asked for
 
     void ask(int64_t count) {
-        for (; count > 0 && token != end; count -= 64 / sizeof(T)) {
+        for (; count > 0 && token != end; count -= 64 / sizeof(S)) {
             __builtin_prefetch(*token + at, 0, 2);
-            at += 64 / sizeof(T);
+            at += 64 / sizeof(S);
             if (at >= width) token++, at = 0;
         }
     }
@@ -43,31 +43,31 @@ struct Ahead {
 
 // One new token of one request over keys [first, last). A slice is ROWS query rows of one head of the cache; rows beyond the
 // group are zeros.
-template <typename T, int ROWS>
+template <typename T, typename S, int ROWS>
 class DecodeRange {
     using M = Math<T>;
     static constexpr int TOKENS = LANES / ROWS;                     // whose scores are summed at once
     static constexpr int OPERANDS = ROWS > 2 ? 16 / ROWS : 8;       // vectors of values whose sums stay in registers
 
-    const Call<T>& call;
+    const Call<T, S>& call;
     const int64_t first_head, num_heads;   // of the cache
     const int64_t slices, depth, columns;  // of a head of the cache; numbers of a row of q, of the sums
     typename M::Stored* q;                 // [heads * slices, ROWS, depth]
     float* values;                         // [heads * slices, ROWS, columns]
     float *largest, *sum;                  // [heads * slices, ROWS]
-    const T** tokens;
+    const S** tokens;
 
   public:
-    static int64_t num_slices(const Call<T>& call) { return (call.group() + ROWS - 1) / ROWS; }
+    static int64_t num_slices(const Call<T, S>& call) { return (call.group() + ROWS - 1) / ROWS; }
 
-    static int64_t bytes(const Call<T>& call, int64_t num_heads, int64_t range) {
+    static int64_t bytes(const Call<T, S>& call, int64_t num_heads, int64_t range) {
         const int64_t rows = num_heads * num_slices(call) * ROWS;
         return Scratch::bytes_of<typename M::Stored>(rows * round_up(call.head_dim_k, M::WIDTH)) +
                Scratch::bytes_of<float>(rows * round_up(call.head_dim_v, M::WIDTH)) + 2 * Scratch::bytes_of<float>(rows) +
-               Scratch::bytes_of<const T*>(range);
+               Scratch::bytes_of<const S*>(range);
     }
 
-    DecodeRange(const Call<T>& call, int64_t first_head, int64_t num_heads, Scratch& scratch, int64_t range)
+    DecodeRange(const Call<T, S>& call, int64_t first_head, int64_t num_heads, Scratch& scratch, int64_t range)
         : call(call), first_head(first_head), num_heads(num_heads), slices(num_slices(call)), depth(round_up(call.head_dim_k, M::WIDTH)),
           columns(round_up(call.head_dim_v, M::WIDTH)) {
         const int64_t rows = num_heads * slices * ROWS;
@@ -75,7 +75,7 @@ class DecodeRange {
         values = scratch.take<float>(rows * columns);
         largest = scratch.take<float>(rows);
         sum = scratch.take<float>(rows);
-        tokens = scratch.take<const T*>(range);
+        tokens = scratch.take<const S*>(range);
     }
 
     void run(int64_t request, int64_t first, int64_t last) {
@@ -88,9 +88,9 @@ class DecodeRange {
         std::fill(largest, largest + rows, -INFINITE);
         std::fill(sum, sum + rows, 0.0f);
         for (int64_t start = first; start < last; start += BLOCK) {
-            const T** block = tokens + (start - first);
+            const S** block = tokens + (start - first);
             const int64_t count = std::min<int64_t>(BLOCK, last - start), next = std::min<int64_t>(BLOCK, last - start - count);
-            Ahead<T> ahead{block + count, block + count + next, num_heads * call.width};
+            Ahead<S> ahead{block + count, block + count + next, num_heads * call.width};
             for (int64_t slice = 0; slice < num_heads * slices; slice++)
                 add_block(slice, block, count, start - position, ahead);
         }
@@ -121,14 +121,17 @@ class DecodeRange {
     static void copy(bf16 from, float* to) { *to = widen(from); }
 
     // offset: the position of the first key less that of the query.
-    void add_block(int64_t slice, const T* const* block, int64_t count, int64_t offset, Ahead<T>& ahead) {
+    void add_block(int64_t slice, const S* const* block, int64_t count, int64_t offset, Ahead<S>& ahead) {
         const int64_t place = slice / slices * call.width;
         alignas(64) float scores[ROWS * BLOCK];
         alignas(64) typename M::Unit weights[ROWS * BLOCK / M::TOGETHER];
+        alignas(64) float key_scales[BLOCK] = {}, value_scales[BLOCK] = {};
         float factors[ROWS];
+        call.find_scales(block, count, place, 0, key_scales);
+        call.find_scales(block, count, place, 1, value_scales);
         score(q + slice * ROWS * depth, block, count, place, scores, ahead);
         for (int64_t row = 0; row < ROWS; row++) {
-            factors[row] = weigh(slice, row, count, offset, scores + row * BLOCK);
+            factors[row] = weigh(slice, row, count, offset, key_scales, value_scales, scores + row * BLOCK);
             for (int64_t i = 0; i < BLOCK; i += M::WIDTH)
                 M::pack_row(scores + row * BLOCK + i, weights + (row * BLOCK + i) / M::TOGETHER);
         }
@@ -141,12 +144,12 @@ class DecodeRange {
     }
 
     // scores [ROWS, BLOCK] = q [ROWS, depth] times keys.
-    void score(const typename M::Stored* rows, const T* const* block, int64_t count, int64_t place, float* scores,
-               Ahead<T>& ahead) const {
+    void score(const typename M::Stored* rows, const S* const* block, int64_t count, int64_t place, float* scores,
+               Ahead<S>& ahead) const {
         for (int64_t t = 0; t < count; t += TOKENS) {
-            ahead.ask(TOKENS * call.head_dim_k);
+            ahead.ask(TOKENS * (call.head_dim_k + SCALE_BYTES<T, S>));
             Vec total[LANES] = {};
-            const T* keys[TOKENS];
+            const S* keys[TOKENS];
             for (int i = 0; i < TOKENS; i++) keys[i] = block[std::min(t + i, count - 1)] + place;
             for (int64_t d = 0; d < call.head_dim_k; d += M::WIDTH) {
                 typename M::Operand query[ROWS];
@@ -166,12 +169,14 @@ class DecodeRange {
     }
 
     // Scores [BLOCK] of one row become weights relative to the largest score so far. Returns the factor of earlier sums.
-    float weigh(int64_t slice, int64_t row, int64_t count, int64_t offset, float* scores) {
+    float weigh(int64_t slice, int64_t row, int64_t count, int64_t offset, const float* key_scales, const float* value_scales,
+                float* scores) {
         const Vec slope = all(call.alibi.numbers ? call.alibi[head_of(slice, row)] : 0);
         Vec peak = all(-INFINITE), total = {};
         for (int32_t i = 0; i < BLOCK; i += LANES) {
             const IntVec index = counting() + i;
             Vec x = load(scores + i) * call.scale;
+            if (IS_SCALED<T, S>) x *= load(key_scales + i);
             if (call.softcap) x = capped(x, call.softcap);
             if (call.alibi.numbers) x += slope * __builtin_convertvector(index + int32_t(offset), Vec);
             x = index < int32_t(count) ? x : all(-INFINITE);
@@ -183,7 +188,7 @@ class DecodeRange {
         const float factor = largest[index] == top ? 1 : std::exp(largest[index] - top);
         for (int64_t i = 0; i < BLOCK; i += LANES) {
             const Vec weight = exp(load(scores + i) - top);
-            store(scores + i, weight);
+            store(scores + i, IS_SCALED<T, S> ? weight * load(value_scales + i) : weight);
             total += weight;
         }
         sum[index] = sum[index] * factor + ::sum(total);
@@ -193,10 +198,10 @@ class DecodeRange {
 
     // Columns d.. of the sums of a slice: times a factor, plus weights [ROWS, BLOCK] times values.
     template <int COUNT>
-    void add_values(int64_t slice, const T* const* block, int64_t count, int64_t place, int64_t d,
-                    const typename M::Unit* weights, const float* factors, Ahead<T>& ahead) {
+    void add_values(int64_t slice, const S* const* block, int64_t count, int64_t place, int64_t d,
+                    const typename M::Unit* weights, const float* factors, Ahead<S>& ahead) {
         float* into = values + slice * ROWS * columns + d;
-        const int64_t offset = place + call.width - call.head_dim_v + d, rest = call.head_dim_v - d;
+        const int64_t offset = place + call.values() + d, rest = call.head_dim_v - d;
         Vec total[ROWS][COUNT];
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; r++)
@@ -204,7 +209,7 @@ class DecodeRange {
             for (int c = 0; c < COUNT; c++) total[r][c] = load(into + r * columns + c * LANES) * factors[r];
         for (int64_t t = 0; t < count; t += M::TOGETHER) {
             ahead.ask(M::TOGETHER * COUNT * LANES);
-            const T* pair[] = {block[t], block[std::min(t + 1, count - 1)]};
+            const S* pair[] = {block[t], block[std::min(t + 1, count - 1)]};
             typename M::Operand value[COUNT];
 #pragma GCC unroll 8
             for (int c = 0; c < COUNT; c += M::TOGETHER) M::interleave(pair, offset + c * LANES, rest - c * LANES, value + c);

@@ -54,31 +54,33 @@ inline void multiply(int64_t rows, int64_t columns, const typename M::Unit* a, i
         }
 }
 
-template <typename T>
+template <typename T, typename S>
 class Tile {
     using M = Math<T>;
     using Unit = typename M::Unit;
     static constexpr int TOGETHER = M::TOGETHER;
 
-    const Call<T>& call;
+    const Call<T, S>& call;
     const int64_t depth, columns;  // units of a key; numbers of a row of the sums
     Unit *q, *keys, *values, *weights;  // [depth, ROWS], [KEYS, depth], [KEYS / TOGETHER, columns], [KEYS / TOGETHER, ROWS]
     float *scores, *sums;               // [KEYS, ROWS], [ROWS, columns]
     float *largest, *sum, *factors, *slopes;  // [ROWS]
+    float *key_scales, *value_scales;         // [KEYS]
     int32_t *first_seen, *position;           // [ROWS]
-    const T** tokens;                         // [2, KEYS + 1]: of these keys, with room to repeat the last one, and of the next
+    const S** tokens;                         // [2, KEYS + 1]: of these keys, with room to repeat the last one, and of the next
     int64_t num_rows = 0;
 
   public:
-    static int64_t bytes(const Call<T>& call) {
+    static int64_t bytes(const Call<T, S>& call) {
         const int64_t depth = (call.head_dim_k + TOGETHER - 1) / TOGETHER, columns = round_up(call.head_dim_v, M::WIDTH);
         return Scratch::bytes_of<Unit>(depth * ROWS) + Scratch::bytes_of<Unit>(KEYS * depth) +
                Scratch::bytes_of<Unit>(KEYS / TOGETHER * columns) + Scratch::bytes_of<Unit>(KEYS / TOGETHER * ROWS) +
                Scratch::bytes_of<float>(KEYS * ROWS) + Scratch::bytes_of<float>(ROWS * columns) +
-               6 * Scratch::bytes_of<float>(ROWS) + Scratch::bytes_of<const T*>(2 * (KEYS + 1));
+               6 * Scratch::bytes_of<float>(ROWS) + 2 * Scratch::bytes_of<float>(KEYS) +
+               Scratch::bytes_of<const S*>(2 * (KEYS + 1));
     }
 
-    Tile(const Call<T>& call, Scratch& scratch)
+    Tile(const Call<T, S>& call, Scratch& scratch)
         : call(call), depth((call.head_dim_k + TOGETHER - 1) / TOGETHER), columns(round_up(call.head_dim_v, M::WIDTH)) {
         q = scratch.take<Unit>(depth * ROWS);
         keys = scratch.take<Unit>(KEYS * depth);
@@ -88,7 +90,8 @@ class Tile {
         sums = scratch.take<float>(ROWS * columns);
         for (float** rows : {&largest, &sum, &factors, &slopes}) *rows = scratch.take<float>(ROWS);
         for (int32_t** rows : {&first_seen, &position}) *rows = scratch.take<int32_t>(ROWS);
-        tokens = scratch.take<const T*>(2 * (KEYS + 1));
+        for (float** scales : {&key_scales, &value_scales}) *scales = scratch.take<float>(KEYS);
+        tokens = scratch.take<const S*>(2 * (KEYS + 1));
     }
 
     // Rows [first_row, first_row + count) of a head of the cache, over keys [first, last) of those that they see.
@@ -99,7 +102,7 @@ class Tile {
         first = std::max<int64_t>(first, first_seen[0]), last = std::min<int64_t>(last, position[num_rows - 1] + 1);
         int64_t start = first, stop = std::min(last, first / KEYS * KEYS + KEYS);
         call.find_tokens(request, start, stop, tokens);
-        for (const T **here = tokens, **next = tokens + KEYS + 1; start < last; std::swap(here, next)) {
+        for (const S **here = tokens, **next = tokens + KEYS + 1; start < last; std::swap(here, next)) {
             const int64_t after = std::min(last, stop + KEYS);
             call.find_tokens(request, stop, after, next);
             prefetch(next, after - stop, kv_head * call.width);
@@ -133,25 +136,27 @@ class Tile {
         return M::unit(some, 2);
     }
 
-    void prefetch(const T* const* next, int64_t count, int64_t place) const {
+    void prefetch(const S* const* next, int64_t count, int64_t place) const {
         for (int64_t t = 0; t < count; t++)
-            for (int64_t d = 0; d < call.width; d += 64 / sizeof(T)) __builtin_prefetch(next[t] + place + d, 0, 2);
+            for (int64_t d = 0; d < call.width; d += 64 / sizeof(S)) __builtin_prefetch(next[t] + place + d, 0, 2);
     }
 
     // Keys at positions start.. and their values, for all rows.
-    void add_keys(const T** here, int64_t start, int64_t count, int64_t place) {
+    void add_keys(const S** here, int64_t start, int64_t count, int64_t place) {
         const int64_t units = (count + TOGETHER - 1) / TOGETHER;
         here[count] = here[count - 1];
         copy_keys(here, count, place);
-        copy_values(here, units, place + call.width - call.head_dim_v);
+        copy_values(here, units, place + call.values());
+        call.find_scales(here, count, place, 0, key_scales);
+        call.find_scales(here, count, place, 1, value_scales);
         multiply<M>(count, num_rows, keys, depth, 1, q, ROWS, depth, nullptr, scores, ROWS);
         for (int64_t i = 0; i < num_rows; i += LANES) weigh(i, start, count);
         multiply<M>(num_rows, call.head_dim_v, weights, 1, ROWS, values, columns, units, factors, sums, columns);
     }
 
-    void copy_keys(const T* const* here, int64_t count, int64_t place) {
+    void copy_keys(const S* const* here, int64_t count, int64_t place) {
         for (int64_t t = 0; t < count; t++) {
-            const T* from = here[t] + place;
+            const S* from = here[t] + place;
             Unit* to = keys + t * depth;
             int64_t d = 0;
             for (; (d + LANES) * TOGETHER <= call.head_dim_k; d += LANES) {
@@ -162,7 +167,7 @@ class Tile {
         }
     }
 
-    void copy_values(const T* const* here, int64_t units, int64_t offset) {
+    void copy_values(const S* const* here, int64_t units, int64_t offset) {
         for (int64_t k = 0; k < units; k++)
             for (int64_t d = 0; d < call.head_dim_v; d += M::WIDTH) {
                 typename M::Operand some[TOGETHER];
@@ -182,7 +187,7 @@ class Tile {
         const Vec before = top;
         for (int64_t k = 0; k < count; k++) {
             const int32_t key = int32_t(start + k);
-            Vec x = load(scores + k * ROWS + i) * call.scale;
+            Vec x = load(scores + k * ROWS + i) * (IS_SCALED<T, S> ? call.scale * key_scales[k] : call.scale);
             if (call.softcap) x = capped(x, call.softcap);
             if (call.alibi.numbers) x += slope * (float(key) - query);
             if (!sees_all) x = ((key >= first) & (key <= last)) ? x : all(-INFINITE);
@@ -193,8 +198,10 @@ class Tile {
         Vec total = load(sum + i) * factor;
         for (int64_t k = 0; k < count; k += TOGETHER) {
             Vec some[2] = {};
-            for (int64_t j = k; j < std::min(k + TOGETHER, count); j++)
+            for (int64_t j = k; j < std::min(k + TOGETHER, count); j++) {
                 total += some[j - k] = exp(load(scores + j * ROWS + i) - base);
+                if (IS_SCALED<T, S>) some[j - k] *= value_scales[j];
+            }
             M::pack(some, weights + k / TOGETHER * ROWS + i);
         }
         store(sum + i, total);

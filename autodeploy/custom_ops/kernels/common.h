@@ -58,12 +58,14 @@ using Vec = float __attribute__((vector_size(LANES * 4)));
 using IntVec = int32_t __attribute__((vector_size(LANES * 4)));
 using WordVec = uint32_t __attribute__((vector_size(LANES * 4)));
 using HalfVec = uint16_t __attribute__((vector_size(LANES * 2)));
+using ByteVec = int8_t __attribute__((vector_size(LANES)));
 
 struct bf16 {
     uint16_t bits;
 };
 
 inline float widen(float x) { return x; }
+inline float widen(int8_t x) { return x; }
 inline float widen(bf16 x) { return __builtin_bit_cast(float, uint32_t(x.bits) << 16); }
 
 inline Vec all(float x) { return x - Vec{}; }
@@ -78,6 +80,12 @@ inline Vec load(const bf16* from) {
     HalfVec x;
     memcpy(&x, from, sizeof x);
     return __builtin_bit_cast(Vec, __builtin_convertvector(x, WordVec) << 16);
+}
+
+inline Vec load(const int8_t* from) {
+    ByteVec x;
+    memcpy(&x, from, sizeof x);
+    return __builtin_convertvector(x, Vec);
 }
 
 inline void store(float* to, Vec x) { memcpy(to, &x, sizeof x); }

@@ -1,6 +1,6 @@
 // Norms, rotary embedding and gated activations. Everything is computed in float32 and rounded once,
 // where it is stored. Strides count numbers; the numbers of a row are neighbours.
-#include "common.h"
+#include "cache.h"
 
 constexpr int64_t FEW = 8192;  // numbers for which waking a second thread costs more than it brings
 
@@ -192,20 +192,20 @@ struct Turn {
     static constexpr int64_t MOST = 1024;  // numbers of a head
 };
 
-// cache [slots][heads of k][width + width_v]
-template <typename T>
-void rope_append(Heads<T> q, Heads<T> k, Heads<T> v, T* cache, const int64_t* slots, const T* q_weight, const T* k_weight, T* out,
+// cache [slots][heads of k][width + width_v, scales]
+template <typename T, typename S>
+void rope_append(Heads<T> q, Heads<T> k, Heads<T> v, S* cache, const int64_t* slots, const T* q_weight, const T* k_weight, T* out,
                  int64_t out_head, int64_t out_token, int64_t tokens, int64_t width_v, const Turn<T>& turn, int64_t threads) {
-    const int64_t rows = q.count + k.count, width = turn.width + width_v;
+    const int64_t rows = q.count + k.count, width = turn.width + width_v + SCALE_BYTES<T, S>;
     parallel(threads_for(tokens * rows * turn.width, threads), tokens * rows, [&](int64_t first, int64_t last) {
         for (int64_t i = first; i < last; i++) {
             const int64_t t = i / rows, head = i % rows, kv_head = head - q.count;
             if (kv_head < 0) {
                 turn(q.row(head, t), q_weight, t, out + head * out_head + t * out_token);
             } else {
-                T* slot = cache + (slots[t] * k.count + kv_head) * width;
-                turn(k.row(kv_head, t), k_weight, t, slot);
-                memcpy(slot + turn.width, v.row(kv_head, t), width_v * sizeof(T));
+                T turned[Turn<T>::MOST];
+                turn(k.row(kv_head, t), k_weight, t, turned);
+                keep(turned, turn.width, v.row(kv_head, t), width_v, cache + (slots[t] * k.count + kv_head) * width);
             }
         }
     });
@@ -318,13 +318,13 @@ EXPORT void autodeploy_rope_append(void* q, void* k, void* v, void* cache, const
                                    void* q_weight, void* k_weight, void* out, int64_t heads, int64_t kv_heads, int64_t tokens,
                                    int64_t width, int64_t width_v, int64_t q_head, int64_t q_token, int64_t k_head,
                                    int64_t k_token, int64_t v_head, int64_t v_token, int64_t out_head, int64_t out_token,
-                                   int64_t interleaved, float eps, float offset, int64_t bytes, int64_t threads) {
-    by_size(bytes, [&](auto kind) {
-        using T = decltype(kind);
-        rope_append<T>({as(q, kind), heads, q_head, q_token}, {as(k, kind), kv_heads, k_head, k_token},
-                       {as(v, kind), kv_heads, v_head, v_token}, as(cache, kind), slots, as(q_weight, kind), as(k_weight, kind),
-                       as(out, kind), out_head, out_token, tokens, width_v,
-                       {as(cos, kind), as(sin, kind), width, interleaved, eps, offset}, threads);
+                                   int64_t interleaved, float eps, float offset, int64_t bytes, int64_t cache_bytes,
+                                   int64_t threads) {
+    by_sizes(bytes, cache_bytes, [&]<typename T, typename S>(T kind, S) {
+        rope_append<T, S>({as(q, kind), heads, q_head, q_token}, {as(k, kind), kv_heads, k_head, k_token},
+                          {as(v, kind), kv_heads, v_head, v_token}, static_cast<S*>(cache), slots, as(q_weight, kind),
+                          as(k_weight, kind), as(out, kind), out_head, out_token, tokens, width_v,
+                          {as(cos, kind), as(sin, kind), width, interleaved, eps, offset}, threads);
     });
 }
 RECORDABLE(autodeploy_rope_append)
