@@ -10,6 +10,7 @@ import threading
 from collections.abc import Sequence
 from numbers import Integral
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -46,11 +47,14 @@ def compile(model: Any, **options: Any) -> CompiledModel:
     return compile_observed(LLMArgs(model=model, **options))
 
 
-def compile_observed(args: LLMArgs, *observers: Observer) -> CompiledModel:
+def compile_observed(args: LLMArgs, *observers: Observer, timeline: Timeline | None = None) -> CompiledModel:
     """`compile`, with callbacks that see the program after each pass; before the first one too, with a record named "export"."""
     if not isinstance(args.model, str | Path):
         refuse_other_models(args.model)
-    timeline = Timeline()
+    timeline = timeline or Timeline()
+    if args.calibration is not None and args.backend != "pytorch":
+        with TemporaryDirectory() as folder:  # its files stay mapped for as long as they are needed
+            return compile_observed(_calibrated(args, Path(folder) / "quantized", timeline), *observers, timeline=timeline)
     if args.backend == "pytorch":
         pipeline_of(args)  # a wrong one is refused all the same
         rounds = {"quantization": args.quantization is not None, "kv_cache_config.dtype": args.kv_cache_config.dtype != "auto"}
@@ -117,6 +121,18 @@ def _device(args: LLMArgs) -> str:
 
 def _target(args: LLMArgs) -> Target:
     return Target(device=_device(args), page_size=args.kv_cache_config.page_size)
+
+
+def _calibrated(args: LLMArgs, folder: Path, timeline: Timeline) -> LLMArgs:
+    """The options for a quantized copy of the model, which is written to that folder."""
+    from autodeploy.calibrate import quantize
+
+    if not isinstance(args.model, str | Path):
+        raise ConfigError("calibration reads a checkpoint folder; write the model in memory with save_pretrained first")
+    assert args.quantization is not None  # or the options would have been refused
+    with timeline.phase("calibrate", None) as advance:
+        quantize(args.model, folder, args.quantization, [token_ids(prompt) for prompt in args.calibration], advance)
+    return args.model_copy(update={"model": folder, "quantization": None, "calibration": None})
 
 
 def _eager(args: LLMArgs, timeline: Timeline) -> CompiledModel:

@@ -33,6 +33,8 @@ class LLM:
     def __init__(self, model: Any, **options: Any) -> None:
         args = LLMArgs(model=model, **options)
         self.tokenizer: Any = None if args.skip_tokenizer_init else tokenizer_of(args)
+        if args.calibration is not None:
+            options["calibration"] = [self._parse(prompt, SamplingParams())[1] for prompt in args.calibration]
         self.compiled: CompiledModel = compile(model, **options)
 
     def __enter__(self) -> Self:

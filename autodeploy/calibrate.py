@@ -1,8 +1,9 @@
-"""A quantized checkpoint of a dense one: rounded to the nearest numbers, or by GPTQ over the exported program.
+"""A quantized checkpoint of a dense one: rounded to the nearest numbers, or for inputs that the exported program was seen with.
 
 GPTQ is that of Frantar et al., 2022: a column is rounded, and the columns after it make up for what that changes in the
-products with the inputs that were seen. The program runs once, node by node over all calibration sequences at a time, so that
-each matrix sees what the rounded ones before it give. Beside the activations there is one dense matrix at a time.
+products with those inputs. AWQ and SmoothQuant (`smooth.py`) scale columns first. The program runs once, node by node over all
+calibration sequences at a time, so that each matrix sees what the rounded ones before it give. Beside the activations there is
+one dense matrix at a time (of AWQ and SmoothQuant, those that share their inputs).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import save_file
@@ -26,8 +27,9 @@ from autodeploy.errors import ConfigError
 from autodeploy.formats import Format, Integers
 from autodeploy.program import Program
 from autodeploy.recipes import Cast, Take, evaluate
+from autodeploy.smooth import FACTORS, divisible, readers
 from autodeploy.transforms.quantize import QuantizeWeights
-from autodeploy.transforms.rewrite import aten
+from autodeploy.transforms.rewrite import aten, val
 
 WRITTEN = ("int8", "w8a8", "int4")
 """Schemes with a checkpoint format that transformers reads too (compressed-tensors)."""
@@ -48,9 +50,9 @@ def quantize(
 ) -> list[str]:
     """Write a quantized copy of a checkpoint folder; returns the names of the matrices that are quantized in it.
 
-    calibration: token ids of some sequences, for GPTQ; absent, each number becomes the nearest. The output head and stacked
-    experts stay dense. advance: told each matrix that is done. Raises ConfigError for a scheme without a checkpoint format, a
-    checkpoint that is quantized already, or an output that is there.
+    calibration: token ids of some sequences, for the algorithm of the scheme's QuantConfig; absent, each number becomes the
+    nearest. The output head and stacked experts stay dense. advance: told each matrix that is done. Raises ConfigError for a
+    scheme without a checkpoint format, a checkpoint that is quantized already, or an output that is there.
     """
     given: dict[str, Any] = {"scheme": scheme}
     config = QuantConfig(**given) if isinstance(scheme, str) else scheme
@@ -67,22 +69,28 @@ def quantize(
     captured = capture(origin.skeleton, origin.buffers)
     source: Any = origin.source_with(captured.initial)
     matrices = _matrices(captured.program, origin, config)
-    made: dict[str, Integers] = {}
+    made, changed = dict[str, Integers](), dict[str, Tensor]()
     with torch.no_grad():
         if calibration is None:
             for name, form in matrices.items():
-                dense = evaluate(origin.recipes[name], source.fetch)
-                made[name] = form.integers(tuple(dense.shape), *form.quantize(dense))
+                made[name] = _nearest(evaluate(origin.recipes[name], source.fetch), form)
                 advance(name)
         else:
-            made = _Walk(captured.program, origin, source, matrices, advance).run(calibration)
-    _write(folder, output, source, {_stored(origin, name): each for name, each in made.items()}, config)
+            walk = _Walk(captured.program, origin, source, matrices, config.algorithm, advance)
+            walk.run(calibration)
+            made, changed = walk.made, walk.changed
+    rounded = {_stored(origin, name): each for name, each in made.items()}
+    _write(folder, output, source, rounded, {_stored(origin, name): each for name, each in changed.items()}, config)
     return sorted(made)
+
+
+def _nearest(dense: Tensor, form: Format) -> Integers:
+    return form.integers(tuple(dense.shape), *form.quantize(dense))
 
 
 def _matrices(program: Program, origin: Origin, config: QuantConfig) -> dict[str, Format]:
     """Tensors of the model that a checkpoint can hold quantized: read by a linear, and stored by themselves."""
-    wanted = QuantizeWeights(**{**dict(config), "lm_head": False}).matrices(program)
+    wanted = QuantizeWeights(**{**config.rounding, "lm_head": False}).matrices(program)
     found = {name: form for name, form, is_transposed in wanted if not is_transposed and _stored(origin, name)}
     return {name: form for name, form in found.items() if program.parameter(name).shape[-1] % max(form.block[1], 1) == 0}
 
@@ -91,35 +99,50 @@ def _stored(origin: Origin, name: str) -> str:
     """The tensor of the checkpoint that one of the model is, but for its dtype; empty where there is none."""
     recipe = origin.recipes[name]
     recipe = recipe.source if isinstance(recipe, Cast) else recipe
-    return recipe.name if isinstance(recipe, Take) and recipe.name.endswith(".weight") else ""
+    return recipe.name if isinstance(recipe, Take) and recipe.name.endswith((".weight", ".bias")) else ""
 
 
 class _Walk:
     """A program, run node by node over several sequences; the matrices wanted are rounded before they are multiplied with."""
 
-    def __init__(self, program: Program, origin: Origin, source: Any, matrices: Mapping[str, Format], advance: Advance) -> None:
-        self.program, self.source, self.matrices, self.advance = program, source, matrices, advance
+    def __init__(
+        self,
+        program: Program,
+        origin: Origin,
+        source: Any,
+        matrices: Mapping[str, Format],
+        algorithm: str,
+        advance: Advance,
+    ) -> None:
+        self.program, self.origin, self.source, self.matrices = program, origin, source, matrices
+        self.algorithm, self.advance = algorithm, advance
         self.weights = program.weights.substitute(origin.recipes)
         self.values: dict[fx.Node, list[Any]] = {}
         self.products: dict[fx.Node, Tensor] = {}
+        self.factors: dict[fx.Node, Tensor] = {}
         self.made: dict[str, Integers] = {}
+        self.changed: dict[str, Tensor] = {}
 
-    def run(self, sequences: Sequence[Sequence[int]]) -> dict[str, Integers]:
+    def run(self, sequences: Sequence[Sequence[int]]) -> None:
         nodes = list(self.program.graph.graph.nodes)
         last = {source: node for node in nodes for source in node.all_input_nodes}
         for node in nodes:
             if node.op == "placeholder":
                 self.values[node] = [_input(node.name, ids) for ids in sequences]
             elif node.op == "get_attr":
-                tensor = evaluate(self.weights[str(node.target)], self.source.fetch)
-                self.values[node] = [tensor.to(self.program.parameter(str(node.target)).dtype)] * len(sequences)
+                self.values[node] = [self._parameter(str(node.target))] * len(sequences)
             elif node.op == "call_function":
-                self._round(node)
+                if node.target is aten.linear.default:
+                    self._round(node)
                 self.values[node] = [self._call(node, i) for i in range(len(sequences))]
+                if self.algorithm in FACTORS:
+                    self._smooth(node)
             for source in [source for source in node.all_input_nodes if last[source] is node]:
                 del self.values[source]
                 self.products.pop(source, None)
-        return self.made
+
+    def _parameter(self, name: str) -> Tensor:
+        return evaluate(self.weights[name], self.source.fetch).to(self.program.parameter(name).dtype)
 
     def _call(self, node: fx.Node, i: int) -> Any:
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source: self.values[source][i])  # pyright: ignore
@@ -127,15 +150,41 @@ class _Walk:
 
     def _round(self, node: fx.Node) -> None:
         """Round the weight of a linear that is wanted, once, and let all its readers see it rounded."""
-        weight: Any = node.args[1] if node.target is aten.linear.default else None
-        if weight is None or str(weight.target) not in self.matrices or str(weight.target) in self.made:
+        x, weight = cast(tuple[fx.Node, fx.Node], node.args[:2])
+        name, count = str(weight.target), len(self.values[x])
+        if x in self.factors:
+            self.values[weight] = [self.values[weight][0] * self.factors[x]] * count
+            if name not in self.matrices:
+                self.changed[name] = self.values[weight][0]
+        if name not in self.matrices or name in self.made:
             return
-        name = str(weight.target)
         dense, form = self.values[weight][0], self.matrices[name]
-        made = self.made[name] = gptq(dense, self._products_of(node.args[0]), form)
+        made = gptq(dense, self._products_of(x), form) if self.algorithm == "gptq" else _nearest(dense, form)
+        self.made[name] = made
         rounded = (made.numbers * made.scales.repeat_interleave(dense.shape[1] // made.scales.shape[1], 1)).to(dense.dtype)
-        self.values[weight] = [rounded] * len(self.values[weight])
+        self.values[weight] = [rounded] * count
         self.advance(name)
+
+    def _smooth(self, x: fx.Node) -> None:
+        """Divide what gives the inputs of linears by factors, where that can be; they are multiplied as they come."""
+        linears = readers(x)
+        names = [str(cast(fx.Node, linear.args[1]).target) for linear in linears]
+        dividing = divisible(x) if any(name in self.matrices for name in names) else []
+        once = all(len(cast(fx.Node, linear.args[1]).users) == 1 for linear in linears)
+        if not dividing or not once or not all(_stored(self.origin, name) for name in (*names, *dividing)):
+            return
+        rows = torch.cat([each.flatten(0, -2) for each in self.values[x]]).float()
+        form = next(self.matrices[name] for name in names if name in self.matrices)
+        factors = FACTORS[self.algorithm](rows, [self._parameter(name).float() for name in names], form)
+        for name in dividing:
+            if name in self.made:
+                made = self.made[name]
+                self.made[name] = replace(made, scales=made.scales / factors[:, None])
+            else:
+                tensor = self.changed.get(name, self._parameter(name))
+                self.changed[name] = (tensor / factors.reshape(-1, *[1] * (tensor.dim() - 1))).to(tensor.dtype)
+        self.factors[x] = factors.to(val(x).dtype)
+        self.values[x] = [(value / factors).to(value.dtype) for value in self.values[x]]
 
     def _products_of(self, x: Any) -> Tensor:
         """Sums of products of each two columns of a linear's inputs [K, K], shared by all who read them."""
@@ -187,10 +236,12 @@ def _write(
     output: Path,
     source: CheckpointSource,
     made: Mapping[str, Integers],
+    changed: Mapping[str, Tensor],
     config: QuantConfig,
 ) -> None:
     """The checkpoint, in the format of compressed-tensors; whatever else lies in the folder comes along."""
     tensors = {name: source.fetch(Take(name)).clone() for name in source.names() if name not in made}
+    tensors |= {name: tensor.to(tensors[name].dtype) for name, tensor in changed.items() if name in tensors}
     for name, each in made.items():
         prefix, dtype = name.removesuffix(".weight"), source.describe(name).dtype
         scales = each.scales.to(dtype) if torch.equal(each.scales.to(dtype).float(), each.scales) else each.scales

@@ -265,7 +265,7 @@ class KVCacheConfig(_Options):
 
 
 class QuantConfig(_Options):
-    """Rounding of weights while a model is compiled, each number to the nearest. Raises `ConfigError`."""
+    """Rounding of weights: each number to the nearest or, with calibration, by an algorithm. Raises `ConfigError`."""
 
     scheme: Literal["int8", "w8a8", "int4", "fp8", "nvfp4", "mxfp4"] = Field(
         description="int8, w8a8 (activations of 8 bits too), int4 (the same), fp8, nvfp4 or mxfp4"
@@ -275,6 +275,14 @@ class QuantConfig(_Options):
     )
     lm_head: bool = Field(default=True, description="whether the output head is quantized too, to 8 bits at least")
     exclude: tuple[str, ...] = Field(default=(), description="names of matrices to leave as they are; * stands for anything")
+    algorithm: Literal["gptq", "awq", "smoothquant"] = Field(
+        default="gptq", description="what calibration is used for: gptq, awq or smoothquant"
+    )
+
+    @property
+    def rounding(self) -> dict[str, Any]:
+        """The options that rounding to the nearest numbers has."""
+        return self.model_dump(exclude={"algorithm"})
 
     @field_validator("scheme", mode="before")
     @classmethod
@@ -357,6 +365,7 @@ class LLMArgs(_Options):
         default=None,
         description="a scheme to quantize to (int8, w8a8, int4, ...), a QuantConfig or a dict of its options, or None",
     )
+    calibration: Any = Field(default=None, description="prompts (texts, or lists of token ids) to quantize for, or None")
     tensor_parallel_size: int = Field(default=1, ge=1, description="the number of ranks that share each layer")
     pipeline_parallel_size: int = Field(default=1, ge=1, description="the number of ranks that layers are divided over")
     moe_expert_parallel_size: int | None = Field(
@@ -428,6 +437,8 @@ class LLMArgs(_Options):
 
     @model_validator(mode="after")
     def _one_token_each(self) -> Self:
+        if self.calibration is not None and self.quantization is None:
+            raise ValueError("calibration is for quantization; give a scheme as quantization=..., or leave it out")
         if self.max_batch_size > self.max_num_tokens:
             raise ValueError(
                 f"max_batch_size={self.max_batch_size} exceeds max_num_tokens={self.max_num_tokens}, but each running request "

@@ -32,7 +32,7 @@ def edited_pipeline(
     given: Any, plugins: Sequence[str], target: Target, quantization: QuantConfig | None = None, cache_dtype: str = "auto"
 ) -> Pipeline:
     """The default pipeline or the one given, as the plugins and then the function given edit it. Raises ConfigError."""
-    quantize = None if quantization is None else QuantizeWeights(**dict(quantization))
+    quantize = None if quantization is None else QuantizeWeights(**quantization.rounding)
     quantize_cache = None if cache_dtype == "auto" else QuantizeCache(dtype=cache_dtype)
     asked = {"'quantization'": quantize, "the cache's dtype": quantize_cache}
     for what, item in asked.items():

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -16,8 +17,9 @@ from autodeploy import LLM, ConfigError, QuantConfig
 from autodeploy.calibrate import gptq, quantize
 from autodeploy.cli import DEMO_MODEL, app
 from autodeploy.demo_questions import held_out_questions, training_pairs
-from autodeploy.eval import answered, score
+from autodeploy.eval import answered, exact_matches, score
 from autodeploy.formats import SCHEMES, Integers
+from tests.marks import needs_bfloat16_kernels
 from tests.models.families import make_model
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10, 11]])
@@ -94,11 +96,100 @@ def test_gptq_takes_the_demo_model_less_far_than_rounding(tmp_path: Path) -> Non
         for name, options in (("nearest", []), ("gptq", ["--calibration", str(tmp_path / "text.txt"), "--window", "128"])):
             arguments = ["quantize", str(DEMO_MODEL), "-o", str(tmp_path / name), "--scheme", "int4", *options]
             done = CliRunner().invoke(app, arguments, catch_exceptions=False)
-            assert f"matrices in int4{' by GPTQ' if options else ''}" in done.stdout
+            assert f"matrices in int4{' by gptq' if options else ''}" in done.stdout
             with LLM(str(tmp_path / name)) as llm:
                 found[name] = score(name, llm, answered(plain, questions), questions, plain)
     assert found["gptq"].divergence < 0.7 * found["nearest"].divergence
     assert found["gptq"].right >= 58
+
+
+def with_outliers(family: str, **overrides: Any) -> Any:
+    """A model that computes what it did, with some inputs of its linears far larger than others."""
+    model = make_model(family, **overrides)
+    factors = torch.where(torch.rand(model.config.hidden_size) < 0.06, 40.0, 1.0)
+    wide = torch.where(torch.rand(model.config.intermediate_size) < 0.06, 40.0, 1.0)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for norm, linears in (
+                (layer.input_layernorm, (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj)),
+                (layer.post_attention_layernorm, (layer.mlp.gate_proj, layer.mlp.up_proj)),
+            ):
+                norm.weight *= factors
+                for linear in linears:
+                    linear.weight /= factors
+            layer.mlp.up_proj.weight *= wide[:, None]
+            layer.mlp.down_proj.weight /= wide
+    return model
+
+
+def distance(model: Any, folder: Path, dtype: str) -> float:
+    """Of the logits of a folder from those of the model it was made of."""
+    ids = torch.randint(0, 256, (1, 120), generator=torch.Generator().manual_seed(1))
+    compiled = autodeploy.compile(folder, dtype=dtype)
+    with torch.no_grad():
+        exact, found = model(ids).logits, compiled(ids).float()
+    compiled.shutdown()
+    return float((found - exact).norm() / exact.norm())
+
+
+@pytest.mark.parametrize(
+    ("scheme", "algorithm", "dtype"),
+    [("int4", "awq", "float32"), pytest.param("w8a8", "smoothquant", "bfloat16", marks=needs_bfloat16_kernels)],
+)
+def test_columns_that_matter_most_are_scaled_up_before_they_are_rounded(
+    scheme: Any, algorithm: Any, dtype: str, tmp_path: Path
+) -> None:
+    model = with_outliers("qwen3", hidden_size=128, intermediate_size=256)
+    model.save_pretrained(tmp_path / "dense")
+    sequences = torch.randint(0, 256, (8, 64)).tolist()
+    config, found = QuantConfig(scheme=scheme, algorithm=algorithm), {}
+    for name, calibration in (("nearest", None), ("scaled", sequences)):
+        quantize(tmp_path / "dense", tmp_path / name, config, calibration)
+        found[name] = distance(model, tmp_path / name, dtype)
+    assert found["scaled"] < 0.6 * found["nearest"]
+    norms = {name: tensor for name, tensor in load_file(tmp_path / "scaled" / "model.safetensors").items() if "layernorm" in name}
+    assert all(not torch.equal(tensor, model.get_parameter(name)) for name, tensor in norms.items())
+
+
+LAYER_NORMS = {f"{name}.{part}" for name in ("self_attn_layer_norm", "final_layer_norm") for part in ("weight", "bias")}
+DENSE = {f"{name}.weight" for name in ("input_layernorm", "post_attention_layernorm", "up_proj", "k_proj")}
+
+
+@pytest.mark.parametrize(
+    ("family", "exclude", "changed"),
+    [("opt", (), LAYER_NORMS), ("llama", ("*.up_proj", "*.k_proj"), DENSE), ("gemma2", (), set())],
+)
+def test_factors_go_where_the_graph_has_room_for_them(
+    family: str, exclude: tuple[str, ...], changed: set[str], tmp_path: Path
+) -> None:
+    model = make_model(family)
+    model.save_pretrained(tmp_path / "dense")
+    config = QuantConfig(scheme="int8", algorithm="smoothquant", exclude=exclude)
+    quantize(tmp_path / "dense", tmp_path / "out", config, torch.randint(0, 250, (4, 32)).tolist())
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("dense", "out"))
+    kept = {name for name in before if name in after and before[name].dtype == after[name].dtype}
+    different = {name for name in kept if not torch.equal(before[name], after[name])}
+    assert {".".join(name.split(".")[-2:]) for name in different} == changed
+    assert distance(model, tmp_path / "out", "float32") < 0.05
+
+
+def test_calibrated_while_starting() -> None:
+    prompts = ["What is 12+13? 25. " * 8, [5, 6, 7, 8] * 10]
+    options: dict[str, Any] = {"scheme": "int4", "algorithm": "gptq"}
+    with LLM(str(DEMO_MODEL), quantization=options, calibration=prompts) as llm:
+        assert "calibrate" in llm.compiled.timeline.seconds
+        assert any("int4" in str(recipe) for recipe in llm.compiled.program.weights.recipes.values())
+        assert llm.compiled.report()
+        assert exact_matches(llm, held_out_questions(10)) >= 8
+    for given, message in (
+        ({"calibration": prompts}, "calibration is for quantization"),
+        ({"calibration": [], "quantization": "int4"}, "no tokens"),
+        ({"calibration": prompts, "quantization": "fp8"}, "cannot be written"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            LLM(str(DEMO_MODEL), **given)
+    with pytest.raises(ConfigError, match="save_pretrained"):
+        autodeploy.compile(make_model("qwen3"), quantization="int4", calibration=[[5, 6]])
 
 
 def test_what_is_refused(tmp_path: Path) -> None:

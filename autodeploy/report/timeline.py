@@ -22,15 +22,16 @@ class Timeline:
         self._hidden = not (self._console.is_terminal if show is None else show)
 
     @contextmanager
-    def phase(self, name: str, total: int = 1) -> Iterator[Callable[..., None]]:
-        """Time one phase; the value is a function to call at each of its `total` steps."""
+    def phase(self, name: str, total: int | None = 1) -> Iterator[Callable[..., None]]:
+        """Time one phase; the value is a function to call at each of its `total` steps (None: unknown)."""
         started, cpu_started = time.perf_counter(), time.process_time()
         columns = (TextColumn("{task.description:<20}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         try:
             with Progress(*columns, console=self._console, disable=self._hidden) as progress:
                 task = progress.add_task(name, total=total)
                 yield lambda *_: progress.advance(task)
-                progress.update(task, completed=total)
+                if total is not None:
+                    progress.update(task, completed=total)
         finally:
             self.seconds[name] = time.perf_counter() - started
             self.cpu_seconds[name] = time.process_time() - cpu_started
