@@ -274,7 +274,11 @@ PRODUCERS = [
     Producer(
         "compressed-tensors nvfp4", _ct({"num_bits": 4, "type": "float", "group_size": 16}), lambda n, k: nvfp4(n, k, False)
     ),
-    Producer("compressed-tensors mxfp4", _ct({"num_bits": 4, "type": "float"}), lambda n, k: mx(n, k, "weight_packed", True)),
+    Producer(
+        "compressed-tensors mxfp4",
+        _ct({"num_bits": 4, "type": "float", "group_size": 32}),
+        lambda n, k: mx(n, k, "weight_packed", True),
+    ),
     Producer("gptq", _GPTQ, gptq),
     Producer("gptq act-order", {**_GPTQ, "desc_act": True}, lambda n, k: gptq(n, k, ordered=True)),
     Producer("gptq v2", {**_GPTQ, "checkpoint_format": "gptq_v2"}, lambda n, k: gptq(n, k, second=True)),
