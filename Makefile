@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: install demo check test test-all clean
+.PHONY: install demo check test test-all kernels clean
 
 install: $(INSTALLED)
 
@@ -25,6 +25,14 @@ check: install
 
 test: install
 	$(BIN)/python -m pytest -m "not slow"
+
+# Every Triton kernel, compiled for GPUs that are not there; also by the version of Triton that older images have.
+kernels: install
+	$(BIN)/python tools/compile_kernels.py --check
+	$(BIN)/python tools/compile_kernels.py --arch 80
+	$(BIN)/python tools/compile_kernels.py --arch 100
+	test -d build/triton-3.6.0 || $(BIN)/python -m pip install --no-deps --target build/triton-3.6.0 triton==3.6.0
+	PYTHONPATH=build/triton-3.6.0 $(BIN)/python tools/compile_kernels.py --no-page
 
 test-all: install
 	$(BIN)/python -m pytest

@@ -1,0 +1,74 @@
+"""Own Triton kernels for GPUs: how they are found, what speaks against them, and how they are compiled without a GPU.
+
+The raw kernels lie in kernels/*.py. Those modules alone import triton, and are imported when one of their kernels is first
+called: a machine that calls none imports none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MAX_SHARED = 227 * 1024
+"""Bytes of shared memory that a program may have on sm_90."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """The Triton function `name` of kernels/`module`.py: `kernel[grid](*arguments)` launches it."""
+
+    module: str
+    name: str
+
+    @cached_property
+    def function(self) -> Any:
+        return getattr(import_module(f"autodeploy.custom_ops.kernels.{self.module}"), self.name)
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return self.function[grid]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way in which a kernel is compiled ahead of time, and what it may take; kernels/*.py list theirs as `VARIANTS`."""
+
+    kernel: Any
+    label: str
+    types: Mapping[str, str]
+    """Triton's types of arguments ("*bf16", "fp32"); those that are neither here nor constants are "i32"."""
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    num_warps: int = 4
+    num_stages: int = 2
+    max_registers: int = 255
+    max_shared: int = MAX_SHARED
+    must: tuple[str, ...] = ()
+    """Instructions that the machine code must have: HGMMA, QGMMA or HMMA for tensor cores."""
+
+
+def against_triton(target: Any, *tensors: Tensor | None) -> list[str]:
+    """The reasons against own Triton kernels; tensors: what must be of a dtype that they have."""
+    if not target.device.startswith("cuda"):
+        return [f"it runs on GPUs, not on {target.device}"]
+    if not has_triton():
+        return ["triton is not installed"]
+    dtypes = {tensor.dtype for tensor in tensors if tensor is not None}
+    return [f"it has no {str(dtype).removeprefix('torch.')}" for dtype in sorted(dtypes - set(DTYPES), key=str)]
+
+
+@cache
+def has_triton() -> bool:
+    """Whether triton could be imported."""
+    return find_spec("triton") is not None
+
+
+def power_of_2(n: int) -> int:
+    """The least one that is not below n."""
+    return 1 << max(0, n - 1).bit_length()
