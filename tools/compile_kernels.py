@@ -66,7 +66,7 @@ def compiled(variant: Variant, arch: int) -> Taken:
     """Machine code for that compute capability, and what it takes."""
     function: Any = variant.kernel
     names, constants = function.arg_names, variant.constants
-    unknown = {*variant.types, *constants} - set(names)
+    unknown = set(constants) - set(names)
     assert not unknown, f"{function.__name__} has no arguments {sorted(unknown)}"
     types = {name: "constexpr" if name in constants else variant.types.get(name, "i32") for name in names}
     places = {name: (i,) for i, name in enumerate(names)}

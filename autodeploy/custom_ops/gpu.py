@@ -43,7 +43,7 @@ class Variant:
     kernel: Any
     label: str
     types: Mapping[str, str]
-    """Triton's types of arguments ("*bf16", "fp32"); those that are neither here nor constants are "i32"."""
+    """Triton's types of arguments ("*bf16", "fp32"), and of others; those that are neither here nor constants are "i32"."""
     constants: Mapping[str, Any] = field(default_factory=dict)
     num_warps: int = 4
     num_stages: int = 2
