@@ -1,0 +1,73 @@
+"""A program compiled for a GPU, run in Triton's interpreter: the tokens are those of eager, and Triton serves what it can."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from autodeploy import SamplingParams, default_pipeline
+from autodeploy._compile import CompiledModel
+from autodeploy._lower import lower
+from autodeploy.config import LLMArgs
+from autodeploy.executor.model_runner import ModelRunner
+from autodeploy.report.tables import describe
+from autodeploy.report.timeline import Timeline
+from autodeploy.transforms.quantize_cache import QuantizeCache
+from tests.custom_ops.triton_ops import CUDA
+from tests.models.families import make_model
+
+PROMPTS = [[5, 6, 7, 8, 9], [11], [3, 4, 5]]
+
+
+def compiled_for_gpu(model: Any, pipeline: Any) -> CompiledModel:
+    """Its tensors lie on the CPU, where the interpreter is."""
+    args, timeline = LLMArgs(model=model, program_cache=False, max_num_tokens=16, max_batch_size=4), Timeline(show=False)
+    lowered, _ = lower(args, pipeline, CUDA, timeline)
+    runner = ModelRunner(lowered.program, lowered.source, "cpu")
+    runner.records_steps = False
+    return CompiledModel(args, lowered.facts, timeline, runner, lowered.program)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma2", "gpt_oss", "deepseek_v3"])
+def test_tokens_are_those_of_eager(family: str) -> None:
+    model = make_model(family)
+    compiled = compiled_for_gpu(model, default_pipeline(CUDA))
+    chosen = {op: {choice.provider for choice in choices} for op, choices in compiled.program.providers.items()}
+    assert {op for op, names in chosen.items() if names != {"triton"}} <= {"attention", "linear", "embedding", "moe"}, chosen
+    assert "it runs on CPUs, not on cuda" in describe(compiled.program, compiled.timeline)
+    outputs = compiled.generate(PROMPTS, SamplingParams(max_tokens=4, ignore_eos=True))
+    compiled.shutdown()
+    for prompt, output in zip(PROMPTS, outputs, strict=True):
+        ids = torch.tensor([prompt])
+        with torch.no_grad():
+            expected = model.generate(ids, max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0)
+        assert output.outputs[0].token_ids == expected[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+def test_logits_over_a_cache_of_8_bits(dtype: str) -> None:
+    model = make_model("llama", num_hidden_layers=1)
+    compiled = compiled_for_gpu(model, default_pipeline(CUDA, quantize_cache=QuantizeCache(dtype=dtype)))
+    assert {choice.provider for choice in compiled.program.providers["paged_attention"]} == {"triton"}
+    ids = torch.tensor([[5, 6, 7, 8, 9, 10]])
+    with torch.no_grad():
+        exact = model(ids).logits
+    assert 1e-6 < (compiled(ids) - exact).norm() / exact.norm() < 0.05
+    compiled.shutdown()
+
+
+def test_a_machine_without_a_gpu_imports_none_of_it() -> None:
+    code = (
+        "import sys, torch, autodeploy\n"
+        "llm = autodeploy.LLM('autodeploy/demo_model')\n"
+        "llm.generate('1+1=')\n"
+        "llm.compiled.report()\n"
+        "llm.shutdown()\n"
+        "ours = [name for name in sys.modules if name.startswith('autodeploy.custom_ops.kernels')]\n"
+        "assert not ours and 'flashinfer' not in sys.modules and not torch.cuda.is_initialized(), ours\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
