@@ -1,10 +1,11 @@
-"""What choosing a token needs of logits: by own C++ kernels where this CPU has them, else by torch."""
+"""What choosing a token needs of logits: by own C++ kernels where this CPU has them, Triton's on a GPU, else by torch."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from autodeploy.custom_ops import triton_sampling
 from autodeploy.custom_ops.cpp import BuildError, Kernel, kernels
 
 _largest_of_rows = Kernel("largest_of_rows", "ppplllll")
@@ -16,6 +17,8 @@ def largest_of_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
     As `torch.max`, but that the numbers may be float32 in place of x's dtype.
     """
+    if triton_sampling.fits(x):
+        return triton_sampling.largest_of_rows(x)
     if not _fits(x, torch.bfloat16, torch.float32):
         highest, indices = x.max(dim=-1)
         return highest, indices
