@@ -198,10 +198,12 @@ def evaluate(
     window: Annotated[int, typer.Option(help="Tokens of the text that are looked at together.", min=2)] = 512,
     questions: Annotated[int, typer.Option(help="How many of the demo model's held-out questions; 0: none.", min=0)] = 500,
     dtype: Dtype = "auto",
+    task: Annotated[str | None, typer.Option(help="A task of lm-eval instead: a YAML file, or one of its names.")] = None,
+    limit: Annotated[int | None, typer.Option(help="How many questions of the task; absent, all.", min=1)] = None,
     option: Annotated[list[str] | None, typer.Option(help="name=JSON, an option of LLM; may be given several times.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="JSON in place of a table.")] = False,
 ) -> None:
-    """Answers that are right, perplexity, and how far quantization takes a model from what it was."""
+    """Answers that are right, perplexity, and how far quantization takes a model from what it was; or a task of lm-eval."""
     from autodeploy import LLM
     from autodeploy.bench.shared import parsed
     from autodeploy.eval import answered, score, windows
@@ -211,6 +213,9 @@ def evaluate(
     if kv_cache is not None:
         fewer["kv_cache_config"] = {**plain.get("kv_cache_config", {}), "dtype": kv_cache}
     name = " and ".join(filter(None, [quantization, kv_cache and f"{kv_cache} KV cache"])) or Path(model).name
+    if task is not None:
+        _print_task(model, plain | fewer, task, limit, as_json)
+        return
     asked, passage = held_out_questions(questions) if questions else [], text.read_text(encoding="utf-8") if text else None
     with ExitStack() as models:
         llm = models.enter_context(LLM(model, **plain | fewer))
@@ -222,6 +227,28 @@ def evaluate(
         print(json.dumps([asdict(each) for each in scores], indent=1))
     else:
         out.print(_score_table(scores))
+
+
+def _print_task(model: str, options: dict[str, Any], task: str, limit: int | None, as_json: bool) -> None:
+    """The results of lm-eval."""
+    from autodeploy import LLM
+    from autodeploy.errors import ConfigError
+
+    try:
+        from autodeploy.harness import run_task
+    except ImportError as error:
+        raise ConfigError("--task needs lm-eval: pip install 'autodeploy[eval]'") from error
+    with LLM(model, **options) as llm:
+        found = run_task(llm, task, limit)
+    if as_json:
+        print(json.dumps(found, indent=1, default=float))
+        return
+    table = Table("task", "metric", "value")
+    for name, metrics in found.items():
+        for metric, value in metrics.items():
+            if isinstance(value, float):
+                table.add_row(name, metric.partition(",")[0], f"{value:.4f}")
+    out.print(table)
 
 
 def _score_table(scores: list[Score]) -> Table:

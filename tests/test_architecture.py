@@ -42,7 +42,8 @@ ARROWS = {
     ("__init__",): ("_llm", "testing"),
     ("serve", "bench", "coverage"): ("__init__",),
     ("demo_questions",): (),
-    ("eval", "cli"): ("serve", "bench", "demo_questions"),
+    ("harness",): ("__init__",),
+    ("eval", "cli"): ("serve", "bench", "demo_questions", "harness"),
     ("__main__",): ("cli",),
 }
 TORCH_FREE = {
