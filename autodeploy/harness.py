@@ -97,5 +97,6 @@ def run_task(llm: LLM, task: str, limit: int | None = None) -> dict[str, dict[st
     name = file.stem if file.exists() else task
     if name not in manager.all_tasks:
         raise ConfigError(f"lm-eval knows no task '{name}'; the `task:` of a YAML file must be the file's own name")
-    found: Any = simple_evaluate(model=ServedModel(llm), tasks=[name], task_manager=manager, limit=limit, bootstrap_iters=0)
+    evaluate: Any = simple_evaluate  # its decorator hides its parameters
+    found = evaluate(model=ServedModel(llm), tasks=[name], task_manager=manager, limit=limit, bootstrap_iters=0)
     return found["results"]
