@@ -16,8 +16,8 @@ FEW, SOME, MANY = Tile(16, 64, 128, 4, 4), Tile(64, 128, 64, 4, 4), Tile(128, 12
 """For so many rows an expert, in 16 bits. A column is one of the weight: a gate and an up are two."""
 FLOAT_FEW, FLOAT_MANY = Tile(16, 64, 32, 4, 2), Tile(64, 64, 32, 8, 2)
 """In float32, without tensor cores."""
-CHUNK = 4096
-"""Places that are looked at together while they are sorted."""
+CHUNK, SORT_WARPS, WARP = 4096, 8, 32
+"""Places that are looked at together while they are sorted, and by how many warps of how many threads."""
 SUM_BLOCK = 1024
 _group_rows = Kernel("grouped_gemm", "group_rows")
 _grouped_gemm = Kernel("grouped_gemm", "grouped_gemm")
@@ -75,7 +75,8 @@ def group_rows(index: Tensor, num_experts: int, dtype: torch.dtype) -> Groups:
     order, tiles = index.new_empty(size, dtype=torch.int32), index.new_empty(3, max_tiles, dtype=torch.int32)
     _group_rows[num_experts,](
         index, order, tiles, size, max_tiles, num_experts,
-        BLOCK_M=tile.rows, CHUNK=min(CHUNK, max(128, power_of_2(size))), BINS=power_of_2(num_experts + 1),
+        BLOCK_M=tile.rows, CHUNK=min(CHUNK, max(SORT_WARPS * WARP, power_of_2(size))),
+        BINS=power_of_2(max(WARP, num_experts + 1)), num_warps=SORT_WARPS,
     )  # fmt: skip
     return Groups(tile, order, tiles, index.shape[1])
 

@@ -5,7 +5,7 @@ import triton.language as tl
 
 from autodeploy.custom_ops.gpu import Variant
 from autodeploy.custom_ops.kernels.gated import activated
-from autodeploy.custom_ops.triton_moe import CHUNK, FEW, FLOAT_FEW, FLOAT_MANY, MANY, SOME
+from autodeploy.custom_ops.triton_moe import CHUNK, FEW, FLOAT_FEW, FLOAT_MANY, MANY, SOME, SORT_WARPS
 
 
 @triton.jit(do_not_specialize=["size", "max_tiles"])
@@ -167,12 +167,16 @@ def _variant(label, tile, number="*bf16", must=(), max_registers=255, transposed
 _DOWN = {"OF_TOKENS": False, "LAYOUT": "plain", "ACTIVATION": "identity"}
 _PAIRS = {"LAYOUT": "pairs", "ACTIVATION": "swish", "HAS_BIAS": True, "transposed": True}
 VARIANTS = [
-    Variant(
-        group_rows,
-        "128 experts",
-        {"index": "*i64", "order": "*i32", "tiles": "*i32"},
-        {"BLOCK_M": 128, "CHUNK": CHUNK, "BINS": 256},
-        max_registers=255,
+    *(
+        Variant(
+            group_rows,
+            f"{experts} experts",
+            {"index": "*i64", "order": "*i32", "tiles": "*i32"},
+            {"BLOCK_M": 128, "CHUNK": CHUNK, "BINS": 2 * experts},
+            num_warps=SORT_WARPS,
+            max_registers=128,
+        )
+        for experts in (128, 512)
     ),
     _variant("bf16, few rows, halves", FEW, must=("HMMA", "LDGSTS"), max_registers=128),
     _variant("bf16, few rows, down", FEW, must=("HMMA", "LDGSTS"), max_registers=128, **_DOWN),
