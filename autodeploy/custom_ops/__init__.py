@@ -1,6 +1,12 @@
 """Semantic ops of the graph, each with its reference and its providers."""
 
-from autodeploy.custom_ops import triton_attention, triton_pointwise, triton_recurrent  # noqa: F401, isort: skip, providers: those named first come last
+from autodeploy.custom_ops import (  # noqa: F401, isort: skip, they register their providers; those named first come last
+    triton_attention,
+    triton_moe,
+    triton_pointwise,
+    triton_quantized,
+    triton_recurrent,
+)
 from autodeploy.custom_ops import cpp_attention, cpp_linear, cpp_pointwise, cpp_quantized  # noqa: F401, they register their providers
 from autodeploy.custom_ops.attention import attention, kv_append, paged_attention, rope_append
 from autodeploy.custom_ops.attention_backend import AttentionBackend, LoweredAttention, register_attention_backend

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from autodeploy.custom_ops import cpp
 from autodeploy.custom_ops.cpp_linear import WIDTH, against_bfloat16, pack_words
-from autodeploy.custom_ops.linear import embedding_op, linear_op
+from autodeploy.custom_ops.linear import against_bytes, embedding_op, linear_op
 from autodeploy.custom_ops.moe import Expert, moe, packed_moe
 from autodeploy.custom_ops.op import Provider
 from autodeploy.formats import Format, Integers
@@ -162,16 +162,6 @@ def _multiply(multiply: Callable[..., Tensor], panels: Any, x: Tensor, bias: Ten
     return multiply(x, panels, bias)
 
 
-def _against_bytes(form: Format, *, rounds: bool) -> list[str]:
-    checks = {
-        f"the weights are {form.name}": not form.is_integers or form.bits != 8,
-        "their scales belong to groups of columns": form.block[1] > 0,
-        "they have zero points": "zeros" in form.parts,
-        "activations may not be rounded": rounds and form.activations != 8,
-    }
-    return [reason for reason, holds in checks.items() if holds]
-
-
 def _against_half_bytes(form: Format) -> list[str]:
     checks = {
         f"the weights are {form.name}": not form.is_integers or form.bits != 4,
@@ -206,12 +196,12 @@ def _against_columns(multiple: int, weight: Tensor) -> list[str]:
 
 for _name, _linear, _moe, _pack, _multiple, _against in (
     ("cpp_w4a8", linear_w4a8, moe_w4a8, pack_half_bytes, 8, _against_half_bytes),
-    ("cpp_w8a16", linear_w8a16, moe_w8a16, pack_bytes, 4, partial(_against_bytes, rounds=False)),
-    ("cpp_w8a8", linear_w8a8, moe_w8a8, pack_bytes, 4, partial(_against_bytes, rounds=True)),
+    ("cpp_w8a16", linear_w8a16, moe_w8a16, pack_bytes, 4, partial(against_bytes, rounds=False)),
+    ("cpp_w8a8", linear_w8a8, moe_w8a8, pack_bytes, 4, partial(against_bytes, rounds=True)),
 ):
     linear_op.register(Provider(_name, _linear, partial(_against_linear, _multiple), {"weight": _pack}, _against))
     _experts = partial(_pack_experts, _pack, _linear)
     moe.register(Provider(_name, _moe, partial(_against_moe, _multiple), {"gate_up": _experts, "down": _experts}, _against))
 embedding_op.register(
-    Provider("cpp_w8", byte_embedding, _against_table, {"weight": pack_bytes}, partial(_against_bytes, rounds=False))
+    Provider("cpp_w8", byte_embedding, _against_table, {"weight": pack_bytes}, partial(against_bytes, rounds=False))
 )

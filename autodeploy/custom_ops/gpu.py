@@ -50,7 +50,30 @@ class Variant:
     max_registers: int = 255
     max_shared: int = MAX_SHARED
     must: tuple[str, ...] = ()
-    """Instructions that the machine code must have: HGMMA, QGMMA or HMMA for tensor cores."""
+    """Instructions that the machine code must have: HGMMA, QGMMA, IGMMA, HMMA or IMMA for tensor cores."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """The part of a matrix product that one program makes, and how."""
+
+    rows: int
+    columns: int
+    depth: int
+    """What is added up in one step."""
+    warps: int
+    stages: int
+    """Steps whose operands are in shared memory, or on their way there."""
+
+    @property
+    def blocks(self) -> dict[str, int]:
+        """Constants of a kernel."""
+        return {"BLOCK_M": self.rows, "BLOCK_N": self.columns, "BLOCK_K": self.depth}
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Of a launch, and of a `Variant`."""
+        return {"num_warps": self.warps, "num_stages": self.stages}
 
 
 def against_triton(target: Any, *tensors: Tensor | None) -> list[str]:

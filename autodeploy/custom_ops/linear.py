@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from autodeploy.custom_ops.op import Provider, adopted_op
+from autodeploy.formats import Format
 
 PACKED_DTYPES = (torch.bfloat16, torch.float32)
 MIN_WEIGHT = 1 << 16
@@ -44,6 +45,17 @@ def against_packing(target: Any, input: Tensor, weight: Tensor, bias: Tensor | N
         f"it has no {str(weight.dtype).removeprefix('torch.')}": weight.dtype not in PACKED_DTYPES or input.dtype != weight.dtype,
         "the bias has another dtype": bias is not None and bias.dtype != weight.dtype,
         "the weight is too small to gain by it": weight.numel() < MIN_WEIGHT,
+    }
+    return [reason for reason, holds in checks.items() if holds]
+
+
+def against_bytes(form: Format, *, rounds: bool) -> list[str]:
+    """The reasons against a format for kernels of bytes; rounds: they round what they are multiplied with to bytes too."""
+    checks = {
+        f"the weights are {form.name}": not form.is_integers or form.bits != 8,
+        "their scales belong to groups of columns": form.block[1] > 0,
+        "they have zero points": "zeros" in form.parts,
+        "activations may not be rounded": rounds and form.activations != 8,
     }
     return [reason for reason, holds in checks.items() if holds]
 
