@@ -32,12 +32,12 @@ def compiled_for_gpu(model: Any, pipeline: Any) -> CompiledModel:
     return CompiledModel(args, lowered.facts, timeline, runner, lowered.program)
 
 
-@pytest.mark.parametrize("family", ["qwen3", "gemma2", "gpt_oss", "deepseek_v3"])
+@pytest.mark.parametrize("family", ["qwen3", "gemma2", "gpt_oss", "deepseek_v3", "qwen3_next"])
 def test_tokens_are_those_of_eager(family: str) -> None:
     model = make_model(family)
     compiled = compiled_for_gpu(model, default_pipeline(CUDA))
     chosen = {op: {choice.provider for choice in choices} for op, choices in compiled.program.providers.items()}
-    assert {op for op, names in chosen.items() if names != {"triton"}} <= {"attention", "linear", "embedding", "moe"}, chosen
+    assert {op for op, names in chosen.items() if names != {"triton"}} <= {"attention", "linear", "embedding"}, chosen
     assert "it runs on CPUs, not on cuda" in describe(compiled.program, compiled.timeline)
     outputs = compiled.generate(PROMPTS, SamplingParams(max_tokens=4, ignore_eos=True))
     compiled.shutdown()
