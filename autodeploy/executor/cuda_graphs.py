@@ -35,7 +35,8 @@ SMALL_SIZES, STEP = (1, 2, 4), 8
 PADDING = {"seq_lens": 1, "rope_len": 1}
 """What padding has in place of scratch page, slot, token and position 0."""
 INDEXING = {torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default}
-COPIES = {torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default, torch.ops.aten._copy_from.default}
+COPIES = {"aten::to", "aten::_to_copy", "aten::copy_", "aten::_copy_from"}
+"""Names of ops that may go from one device to another; what others take from the host are single numbers."""
 
 Replay = Callable[[], None]
 
@@ -135,7 +136,7 @@ class OnDeviceOnly(TorchDispatchMode):
             raise RuntimeError(f"{func} waits for the device")
         result = func(*args, **(kwargs or {}))
         tensors = [x for x in tree_iter((args, kwargs, result)) if isinstance(x, Tensor)]
-        devices = {x.device.type for x in tensors if func in COPIES or x.dim() or x.device.type != "cpu"}
+        devices = {x.device.type for x in tensors if func._schema.name in COPIES or x.dim() or x.device.type != "cpu"}
         if len(devices) > 1:
             raise RuntimeError(f"{func} works on {' and '.join(sorted(devices))}")
         return result

@@ -219,12 +219,13 @@ def test_inputs_are_one_piece_of_memory() -> None:
         lambda x: x.nonzero(),
         lambda x: x[x > 0],
         lambda x: x.to("meta"),
+        lambda x: x[0].to("meta"),
         lambda x: torch.empty(3, device="meta").copy_(x),
     ],
 )
 def test_what_no_graph_can_hold_is_found_before_the_capture(step: Callable[[Tensor], Any]) -> None:
     x = torch.ones(3)
-    with OnDeviceOnly():
+    with torch.inference_mode(), OnDeviceOnly():
         y = x[torch.tensor([0, 2])].add(1).mul_(2.0)
         x.index_copy_(0, torch.tensor([1]), y[:1])
         with pytest.raises(RuntimeError, match="aten"):
