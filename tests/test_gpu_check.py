@@ -14,13 +14,13 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-def run(part: str, folder: Path, *options: str) -> tuple[dict[str, Any], str]:
+def run(part: str, folder: Path, *options: str, code: int = 0) -> tuple[dict[str, Any], str]:
     """The JSON of a part, and what it printed."""
     environment = {**os.environ, "OUT": str(folder), "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
     environment.pop("TRITON_INTERPRET", None)
     command = ["bash", str(ROOT / "tools" / "gpu_check.sh"), part, "--dry-run", *options]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=150, check=False)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert done.returncode == code, done.stdout[-3000:] + done.stderr[-3000:]
     assert [path.name for path in folder.iterdir()] == [f"gpu_check_{part}.json"]
     return json.loads((folder / f"gpu_check_{part}.json").read_text()), done.stdout
 
@@ -47,11 +47,18 @@ def test_e2e(tmp_path: Path) -> None:
     assert found["rows"][1]["plain same"] == "120/120" and "paged_attention" in found["rows"][1]["providers"]
 
 
-def test_speed(tmp_path: Path) -> None:
-    found, text = run("speed", tmp_path)
+def test_speed_and_a_new_process_that_goes_on_where_the_last_one_ended(tmp_path: Path) -> None:
+    whole, text = run("speed", tmp_path)
     cells = ["start", "decode 1", "decode 4", "prefill 32", "prefill 64", "HF 2", "decode 2 without graphs"]
-    assert statuses(found) == {"limits of the card": "skipped", **{f"tiny llama: {cell}": "ok" for cell in cells}}
-    assert all(row["step_ms"] > 0 for row in found["rows"] if ": decode" in row["name"]) and "tokens_per_s=" in text
+    assert statuses(whole) == {"limits of the card": "skipped", **{f"tiny llama: {cell}": "ok" for cell in cells}}
+    assert all(row["step_ms"] > 0 for row in whole["rows"] if ": decode" in row["name"]) and "tokens_per_s=" in text
+
+    rows = [{**row, "status": "failed"} if row["name"].endswith("decode 4") else row for row in whole["rows"][:4]]
+    (tmp_path / "gpu_check_speed.json").write_text(json.dumps({**whole, "rows": rows}))
+    found, _ = run("speed", tmp_path, "--resume", code=1)
+    names = [row["name"].removeprefix("tiny llama: ") for row in found["rows"]]
+    assert found["rows"][:4] == rows and names[4:] == ["start again after 4 rows", *cells[3:]]
+    assert found["counts"]["failed"] == 1
 
 
 def test_what_does_not_fit_into_the_budget_is_skipped(tmp_path: Path) -> None:

@@ -31,7 +31,11 @@ missing() {
     "$python" - <<'PY'
 import tomllib
 from importlib.metadata import PackageNotFoundError, version
-from packaging.requirements import Requirement
+
+try:
+    from packaging.requirements import Requirement
+except ImportError:
+    from pip._vendor.packaging.requirements import Requirement
 
 with open("pyproject.toml", "rb") as file:
     wanted = [Requirement(line) for line in tomllib.load(file)["project"]["dependencies"]]

@@ -51,7 +51,8 @@ class Check:
         print(f"{status:<8} {name:<52} {shown}", flush=True)
 
     def skip(self, name: str, reason: str) -> None:
-        self.add(name, "skipped", reason=reason)
+        if name not in self.done:
+            self.add(name, "skipped", reason=reason)
 
     @contextmanager
     def row(self, name: str) -> Iterator[dict[str, Any]]:

@@ -66,7 +66,7 @@ class Load:
     decodes: tuple[int, ...] = (1, 8, 64, 256)
     prefills: tuple[int, ...] = (2048, 8192)
     prompt: int = 512
-    new: int = 48
+    new: int = 64
     hf_batch: int = 8
 
     @property
@@ -81,7 +81,7 @@ class Load:
         return max(*self.prefills, self.prompt + self.new) + 8
 
 
-TINY_LOAD = Load((1, 4), (32, 64), 16, 12, 2)
+TINY_LOAD = Load((1, 4), (32, 64), 16, 40, 2)
 
 
 def speed(check: Check) -> None:
