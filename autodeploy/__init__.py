@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     from autodeploy import custom_ops as ops
     from autodeploy._compile import CompiledModel, compile
     from autodeploy._llm import LLM
-    from autodeploy.config import KVCacheConfig, QuantConfig, SamplingParams
+    from autodeploy.config import CudaGraphConfig, KVCacheConfig, QuantConfig, SamplingParams
     from autodeploy.errors import (
         AutoDeployError,
         CheckpointError,
@@ -31,7 +31,7 @@ __version__ = "0.1.0"
 _WHERE = {
     "_compile": ("CompiledModel", "compile"),
     "_llm": ("LLM",),
-    "config": ("KVCacheConfig", "QuantConfig", "SamplingParams"),
+    "config": ("CudaGraphConfig", "KVCacheConfig", "QuantConfig", "SamplingParams"),
     "errors": (
         "AutoDeployError",
         "CheckpointError",
@@ -59,6 +59,7 @@ __all__ = [
     "CompiledModel",
     "CompletionOutput",
     "ConfigError",
+    "CudaGraphConfig",
     "Effect",
     "EngineDeadError",
     "ExecutionError",

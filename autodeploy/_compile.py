@@ -20,6 +20,7 @@ from torch import Tensor
 from autodeploy.config import LLMArgs, SamplingParams
 from autodeploy.errors import ConfigError, EngineDeadError, RequestError
 from autodeploy.executor.batch import BatchBuilder
+from autodeploy.executor.cuda_graphs import GraphOptions
 from autodeploy.executor.engine import ADExecutor
 from autodeploy.executor.model_runner import ModelRunner, Runner
 from autodeploy.executor.outputs import RequestHandle, RequestOutput
@@ -64,7 +65,7 @@ def compile_observed(args: LLMArgs, *observers: Observer, timeline: Timeline | N
     lowered = _lowered(args, timeline, *observers)
     program = lowered.program
     with timeline.phase("load weights", len(program.weights)) as advance:
-        runner = ModelRunner(program, lowered.source, _device(args), advance)
+        runner = ModelRunner(program, lowered.source, _device(args), advance, _graph_options(args))
     return CompiledModel(args, lowered.facts, timeline, runner, program)
 
 
@@ -121,6 +122,12 @@ def _device(args: LLMArgs) -> str:
 
 def _target(args: LLMArgs) -> Target:
     return Target(device=_device(args), page_size=args.kv_cache_config.page_size)
+
+
+def _graph_options(args: LLMArgs) -> GraphOptions:
+    config = args.cuda_graphs
+    largest = min(config.max_batch_size or args.max_batch_size, args.max_batch_size)
+    return GraphOptions(largest if config.enabled else 0, config.ahead)
 
 
 def _calibrated(args: LLMArgs, folder: Path, timeline: Timeline) -> LLMArgs:
@@ -191,6 +198,8 @@ class CompiledModel:
         text, runner = describe(self.program, self.timeline), self.runner
         assert isinstance(runner, ModelRunner)  # else there is no program
         sizes = f"weights as stored: {runner.stored_bytes / 1e6:.1f} MB; in memory: {runner.weight_bytes / 1e6:.1f} MB\n"
+        if runner.graphs is not None:
+            sizes += f"{runner.graphs.summary()}\n"
         return text + sizes + foreign_text(pipeline_of(self.args))
 
     def __call__(self, input_ids: Tensor) -> Tensor:
@@ -260,11 +269,20 @@ class CompiledModel:
         units = sizes.units(self._num_pages())
         with self.timeline.phase("allocate KV pool"):
             self.runner.allocate(units, sizes.page_size)
+        self._capture_ahead(sizes.page_size)
         kv = sizes.manager(units)
         thresholds = self.runner.rope_thresholds
         scheduler = Scheduler(kv, args.max_batch_size, args.max_num_tokens, self.max_seq_len, self._chunks, thresholds)
         batches = BatchBuilder(kv, args.max_batch_size, args.max_num_tokens)
         return ADExecutor(self.runner, scheduler, batches, Sampler(self.facts.vocab_size, args.seed))
+
+    def _capture_ahead(self, page_size: int) -> None:
+        """The CUDA graphs of all shapes, if that is asked for."""
+        graphs = self.runner.graphs if isinstance(self.runner, ModelRunner) else None
+        if graphs is not None and graphs.options.ahead:
+            num_pages = -(-self.max_seq_len // page_size)
+            with self.timeline.phase("capture CUDA graphs", len(graphs.shapes(num_pages))) as advance:
+                graphs.capture_all(num_pages, advance)
 
     @property
     def _chunks(self) -> bool:

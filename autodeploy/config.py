@@ -264,6 +264,19 @@ class KVCacheConfig(_Options):
         return name
 
 
+class CudaGraphConfig(_Options):
+    """Decode steps as CUDA graphs, on GPUs; CPUs do without. Raises `ConfigError`."""
+
+    _ALIASES = {"max_cudagraph_capture_size": "max_batch_size"}
+    _LATER = _only_neutral("batch_sizes cudagraph_capture_sizes", enable_padding=(True,))
+
+    enabled: bool = Field(default=True, description="whether decode steps are captured and replayed")
+    ahead: bool = Field(default=False, description="whether all shapes are captured at the start, not when one comes again")
+    max_batch_size: int | None = Field(
+        default=None, ge=1, description="the most requests of a captured step; None is the engine's max_batch_size"
+    )
+
+
 class QuantConfig(_Options):
     """Rounding of weights: each number to the nearest or, with calibration, by an algorithm. Raises `ConfigError`."""
 
@@ -315,7 +328,7 @@ class LLMArgs(_Options):
     _LATER = _only_neutral(
         "revision tokenizer_revision hf_token hf_overrides cp_config enable_expert_parallel "
         "enable_attention_dp attention_dp_config gpus_per_node max_input_len enable_prefix_caching scheduler_config "
-        "async_scheduling cuda_graph_config torch_compile_config compilation_config logits_processors "
+        "async_scheduling torch_compile_config compilation_config logits_processors "
         "batched_logits_processor speculative_config guided_decoding_backend structured_outputs_config enable_lora "
         "lora_config peft_cache_config cache_transceiver_config kv_transfer_config orchestrator_type "
         "distributed_executor_backend enable_iter_perf_stats return_perf_metrics generation_config",
@@ -332,7 +345,6 @@ class LLMArgs(_Options):
         max_beam_width=(1,),
         cpu_offload_gb=(0,),
         disable_overlap_scheduler=(True,),
-        enforce_eager=(True,),
         attn_backend=("auto",),
         attention_backend=("auto",),
         sampler_type=("auto",),
@@ -381,6 +393,10 @@ class LLMArgs(_Options):
         description="the most requests running at once; 32, or max_num_tokens if that is less",
     )
     kv_cache_config: KVCacheConfig = Field(default=KVCacheConfig(), description="a KVCacheConfig or a dict of its options")
+    cuda_graph_config: CudaGraphConfig = Field(
+        default=CudaGraphConfig(), description="a CudaGraphConfig, a dict of its options, or None or False for no CUDA graphs"
+    )
+    enforce_eager: bool = Field(default=False, description="True is cuda_graph_config={'enabled': False}")
     enable_chunked_prefill: bool = Field(default=True, description="whether a long prompt may be computed over several steps")
     seed: int = Field(default=0, ge=0, lt=2**63, description="the seed of draws of requests that bring none, in [0, 2**63)")
     plugins: tuple[str, ...] = Field(default=(), description="the plugins to apply: names of installed ones, or module:attribute")
@@ -428,6 +444,11 @@ class LLMArgs(_Options):
     def _default_kv_cache(cls, value: object) -> object:
         return KVCacheConfig() if value is None else value
 
+    @field_validator("cuda_graph_config", mode="before")
+    @classmethod
+    def _as_switch(cls, value: object) -> object:
+        return CudaGraphConfig(enabled=bool(value)) if value is None or isinstance(value, bool) else value
+
     @field_validator("trust_remote_code")
     @classmethod
     def _no_remote_code(cls, value: bool) -> bool:
@@ -444,4 +465,11 @@ class LLMArgs(_Options):
                 f"max_batch_size={self.max_batch_size} exceeds max_num_tokens={self.max_num_tokens}, but each running request "
                 "needs one token per step; raise max_num_tokens or lower max_batch_size"
             )
+        if self.enforce_eager and self.cuda_graph_config.ahead:
+            raise ValueError("enforce_eager=True captures no CUDA graphs, but cuda_graph_config asks for them; leave one out")
         return self
+
+    @property
+    def cuda_graphs(self) -> CudaGraphConfig:
+        """`cuda_graph_config`, with `enforce_eager` heeded."""
+        return CudaGraphConfig(enabled=False) if self.enforce_eager else self.cuda_graph_config

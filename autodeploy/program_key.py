@@ -32,6 +32,7 @@ from autodeploy.specs import Target
 WITHOUT_INFLUENCE = {
     *("model", "backend", "program_cache", "tokenizer", "skip_tokenizer_init", "seed"),
     *("max_seq_len", "max_num_tokens", "max_batch_size", "enable_chunked_prefill"),
+    *("cuda_graph_config", "enforce_eager"),
     *("device", "kv_cache_config", "pipeline", "plugins"),  # they are in other facts
 }
 """Options that do not change the program."""

@@ -112,7 +112,8 @@ def _has_parts(recipe: Recipe) -> bool:
 
 def _assembled(recipe: Recipe, fetch: Fetch) -> Tensor:
     like = _shape_of(recipe, fetch)
-    result = torch.empty(like.shape, dtype=like.dtype)
+    device = next(fetch(leaf).device for leaf in recipe.leaves())  # that of a live model
+    result = torch.empty(like.shape, dtype=like.dtype, device=device)
     with torch.no_grad():
         _fill(recipe, result, fetch)
     return result

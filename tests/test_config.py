@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from autodeploy import errors
-from autodeploy.config import KVCacheConfig, LLMArgs, SamplingParams
+from autodeploy.config import CudaGraphConfig, KVCacheConfig, LLMArgs, SamplingParams
 from autodeploy.errors import ConfigError, TransformError, UnsupportedModelError, did_you_mean
 
 T = TypeVar("T")
@@ -186,6 +186,10 @@ def test_max_batch_size_follows_a_small_token_budget() -> None:
         ({"load_format": "dummy"}, ["load_format='dummy' is not supported yet"]),
         ({"tensor_parallel_size": 2}, ["tensor_parallel_size=2 is not supported yet"]),
         ({"quantization": "fp9"}, ["scheme='fp9' is refused", "Did you mean 'fp8'"]),
+        ({"cuda_graph_config": {"max_batchsize": 8}}, ["CudaGraphConfig has no option 'max_batchsize'", "'max_batch_size'"]),
+        ({"cuda_graph_config": {"max_batch_size": 0}}, ["CudaGraphConfig: max_batch_size=0", "requests of a captured step"]),
+        ({"cuda_graph_config": {"batch_sizes": [1, 2]}}, ["batch_sizes=[1, 2] is not supported yet"]),
+        ({"cuda_graph_config": {"ahead": True}, "enforce_eager": True}, ["enforce_eager=True", "leave one out"]),
         ({"speculative_config": {"method": "ngram"}}, ["speculative_config", "not supported yet"]),
     ],
 )
@@ -194,12 +198,27 @@ def test_engine_refusals(options: dict[str, Any], words: list[str]) -> None:
     assert all(word in message for word in words), message
 
 
+@pytest.mark.parametrize(
+    ("options", "enabled"),
+    [
+        ({}, True),
+        ({"cuda_graph_config": None}, False),
+        ({"cuda_graph_config": False}, False),
+        ({"cuda_graph_config": {"enabled": False}}, False),
+        ({"cuda_graph_config": CudaGraphConfig(max_batch_size=4)}, True),
+        ({"enforce_eager": True}, False),
+    ],
+)
+def test_spellings_of_no_cuda_graphs(options: dict[str, Any], enabled: bool) -> None:
+    assert build(LLMArgs, model="x", **options).cuda_graphs.enabled is enabled
+
+
 def test_model_is_required() -> None:
     assert refusal(LLMArgs) == "LLMArgs: 'model' is required."
 
 
 def test_every_later_option_has_a_neutral_value_that_passes() -> None:
-    for cls, required in ((SamplingParams, {}), (KVCacheConfig, {}), (LLMArgs, {"model": "x"})):
+    for cls, required in ((SamplingParams, {}), (KVCacheConfig, {}), (CudaGraphConfig, {}), (LLMArgs, {"model": "x"})):
         for name, neutral in cls._LATER.items():
             for value in neutral or (None,):
                 assert build(cls, **required, **{name: value}) is not None

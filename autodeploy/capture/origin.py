@@ -70,7 +70,8 @@ def _in_memory(model: Any, dtype: str) -> Origin:
     tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     tensors |= weights_still_to_scale(model)
     facts = ModelFacts.of(model.config, getattr(model, "generation_config", None))
-    return Origin(model.config, skeleton, recipes, dict(model.named_buffers()), LiveSource(tensors), facts)
+    buffers = {name: buffer.cpu() for name, buffer in model.named_buffers()}  # they are computed with, on the CPU, while matching
+    return Origin(model.config, skeleton, recipes, buffers, LiveSource(tensors), facts)
 
 
 def _in_folder(folder: Path, dtype: str, ignore_unexpected: bool) -> Origin:

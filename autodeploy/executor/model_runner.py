@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch.fx.node import map_aggregate
 from autodeploy.custom_ops.attention_backend import backend_named
 from autodeploy.executor.batch import WantedRows
 from autodeploy.executor.cores import available_cores
+from autodeploy.executor.cuda_graphs import CudaDevice, CudaGraphRunner, GraphOptions
 from autodeploy.executor.packing import bytes_of, parameter_uses, read_packed, release_freed_memory
 from autodeploy.executor.recorded_step import Arena, RecordedStep, can_record, record
 from autodeploy.executor.request import Request
@@ -54,7 +56,12 @@ class ModelRunner:
     can_chunk, reads_entries = True, False
 
     def __init__(
-        self, program: Program, source: TensorSource, device: str, on_parameter: Callable[[str], None] = lambda name: None
+        self,
+        program: Program,
+        source: TensorSource,
+        device: str,
+        on_parameter: Callable[[str], None] = lambda name: None,
+        graphs: GraphOptions | None = None,
     ) -> None:
         self.program, self.device, self.rope_thresholds = program, device, program.rope_thresholds
         if device == "cpu" and torch.get_num_threads() > (cores := available_cores()):
@@ -78,6 +85,10 @@ class ModelRunner:
         self.module = _executable(program, tensors, device)
         self.backends = [backend_named(choice.provider) for choice in program.providers.get("attention", ())]
         self.caches: list[Tensor] = []
+        self.graphs: CudaGraphRunner | None = None
+        if device.startswith("cuda"):
+            gpu = CudaDevice(device)
+            self.graphs = CudaGraphRunner(self._compute, program.inputs, gpu, graphs or GraphOptions(), self._plan)
         self.records_steps = device == "cpu" and can_record(self.module.graph)
         self.recorded: dict[Any, RecordedStep] = {}
         self.known_shapes: set[Any] = set()
@@ -91,21 +102,33 @@ class ModelRunner:
 
     def allocate(self, num_units: Mapping[str, int], page_size: int) -> None:
         """The caches. Their memory becomes resident as pages are first written."""
-        self.caches = [
-            torch.empty(spec.shape(num_units[spec.pool], page_size), dtype=getattr(torch, spec.dtype), device=self.device)
-            for spec in self.program.caches.values()
-        ]
+        with self.graphs.use() if self.graphs is not None else nullcontext():
+            self.caches = [
+                torch.empty(spec.shape(num_units[spec.pool], page_size), dtype=getattr(torch, spec.dtype), device=self.device)
+                for spec in self.program.caches.values()
+            ]
         self.recorded.clear()
+        if self.graphs is not None:
+            self.graphs.clear()
 
     @torch.inference_mode()
     def forward(self, batch: BatchMetadata, rows: list[WantedRows]) -> Tensor:
-        for backend in self.backends:
-            backend.plan(batch)
+        if self.graphs is not None:
+            return self.graphs.forward(batch)
+        self._plan(batch)
         inputs = [batch[name] for name in self.program.inputs]
         num_requests = len(batch["seq_lens"])
         if self.records_steps and num_requests == batch["input_ids"].shape[1] <= MAX_RECORDED_TOKENS and self._is_known(inputs):
             return self._run_recorded(inputs)
-        return self.module(*(torch.from_numpy(array).to(self.device) for array in inputs), *self.caches)[0]
+        return self._compute([torch.from_numpy(array) for array in inputs])
+
+    def _plan(self, batch: BatchMetadata) -> None:
+        for backend in self.backends:
+            backend.plan(batch)
+
+    def _compute(self, inputs: Sequence[Tensor]) -> Tensor:
+        """The program's inputs, on its device -> logits [N, V]."""
+        return self.module(*inputs, *self.caches)[0]
 
     def _is_known(self, inputs: list[np.ndarray]) -> bool:
         """Whether there has been a step of these shapes: recording takes as long as many steps, and some shapes come once."""
