@@ -35,6 +35,9 @@ class Integers:
     def parts(self) -> tuple[Tensor | None, ...]:
         return self.numbers, self.scales, self.zeros
 
+    def to(self, device: str) -> Integers:
+        return Integers(self.numbers.to(device), self.scales.to(device), None if self.zeros is None else self.zeros.to(device))
+
     @classmethod
     def joined(cls, several: Sequence[Integers], join: Callable[[list[Tensor]], Tensor]) -> Integers:
         """Matrices of one format as one, each of their parts by `join`."""

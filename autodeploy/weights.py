@@ -92,7 +92,7 @@ def materialize(
     """
     for name, recipe in plan.recipes.items():
         if name in as_integers:
-            yield name, integers(recipe, source.fetch)
+            yield name, integers(recipe, source.fetch).to(device)
             continue
         fetched: list[Tensor] = []
 

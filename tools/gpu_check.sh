@@ -11,12 +11,14 @@
 # the commit where there is no git. Without a GPU, or with --dry-run, small versions run on the CPU, and the rest is skipped.
 #
 # A machine with torch and triton but no network is given the other packages as wheels in the folder wheels/ beside pyproject.toml.
-# Here, with its Python's version and without torch, which it has (then name in --dry-run's error what is still missing):
+# To fetch them here for its Python, without torch, which it has (a run there says what it lacks; pydantic-core is the one that
+# pydantic asks for by its exact version):
 #
 #   python3 -m pip download --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
-#       --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \
-#       -d wheels 'transformers>=5.23' 'huggingface-hub>=1.31,<3' 'tokenizers>=0.23.1,<0.24' 'safetensors>=0.8' 'regex>=2025.10.22'
+#       --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 -d wheels \
+#       'transformers>=5.23' pydantic==2.14.3 pydantic-core==2.50.4 typing-inspection annotated-types typing-extensions
 #
+# If a run still names huggingface-hub, tokenizers, safetensors or another package, fetch that one too.
 # They are installed into a folder of their own, and only if something that pyproject.toml asks for is missing or too old.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -176,7 +176,7 @@ class StepWatch:
 
     def __init__(self, compiled: CompiledModel, is_gpu: bool) -> None:
         self.steps: list[Step] = []
-        self._is_gpu, self._waited, self._shape = is_gpu, 0.0, (0, 0)
+        self._is_gpu, self._is_running, self._waited, self._shape = is_gpu, False, 0.0, (0, 0)
         executor: Any = compiled.executor
         self._step, self._forward = executor.step, compiled.runner.forward
         executor.step, compiled.runner.forward = self._timed_step, self._watched_forward  # pyright: ignore
@@ -191,9 +191,17 @@ class StepWatch:
         return logits
 
     def _timed_step(self) -> None:
-        started = time.perf_counter()
+        self._is_running, started = True, time.perf_counter()
         self._step()
         self.steps.append(Step(*self._shape, time.perf_counter() - started, self._waited))
+        self._is_running = False
+
+    def take(self) -> list[Step]:
+        """The steps since the last time; requests end within a step, which is waited for."""
+        while self._is_running:
+            time.sleep(1e-4)
+        steps, self.steps = self.steps, []
+        return steps
 
 
 @dataclass(frozen=True)
@@ -262,9 +270,9 @@ class Served:
 def _decode(facts: dict[str, Any], served: Served, count: int, use_graphs: bool) -> None:
     compiled, watch, load = served.compiled, served.watch, served.load
     graphs = switch_graphs(compiled, use_graphs)
-    watch.steps.clear()
+    watch.take()
     facts["seconds"] = _serve(compiled, count, load.prompt, load.new)
-    decodes = [step for step in watch.steps if step.num_tokens == step.num_requests == count][4:]  # captures come first
+    decodes = [step for step in watch.take() if step.num_tokens == step.num_requests == count][4:]  # captures come first
     assert decodes, "no step in which all decode"
     step = statistics.median(each.seconds for each in decodes)
     facts |= {
@@ -280,9 +288,9 @@ def _decode(facts: dict[str, Any], served: Served, count: int, use_graphs: bool)
 
 def _prefill(facts: dict[str, Any], served: Served, length: int) -> None:
     _serve(served.compiled, 1, length, 1)
-    served.watch.steps.clear()
+    served.watch.take()
     facts["seconds"] = _serve(served.compiled, 1, length, 1)
-    step = sum(each.seconds for each in served.watch.steps)
+    step = sum(each.seconds for each in served.watch.take())
     facts |= {"step_ms": step * 1e3, "tokens_per_s": length / step, **_against_floor(step, served.work.prefill_floor(length))}
 
 
