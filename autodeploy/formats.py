@@ -22,10 +22,10 @@ AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 
 @dataclass(frozen=True)
 class Integers:
-    """Matrices [..., N, K] of whole numbers, as kernels want them: dense = (numbers - zeros) * scales of their group."""
+    """Matrices [..., N, K] of whole numbers (or floats of 8 bits), as kernels want them: dense = (numbers - zeros) * scales."""
 
     numbers: Tensor
-    """[..., N, K] int8, as if they had a sign."""
+    """[..., N, K] int8, as if they had a sign; or float8_e4m3fn."""
     scales: Tensor
     """[..., N, groups] float32."""
     zeros: Tensor | None
@@ -73,9 +73,16 @@ class Format:
         """Whether it stands for whole numbers times a scale of their row, or of a group of its columns."""
         return self.name.startswith("int") and set(self.parts) <= {"codes", "scales", "zeros"} and self.block[0] <= 1
 
+    @property
+    def is_fp8(self) -> bool:
+        """Whether it stands for floats of 8 bits times a scale of their block of rows and columns."""
+        return self.name == "fp8" and self.layout == "plain" and set(self.parts) == {"codes", "scales"}
+
     def integers(self, shape: tuple[int, ...], *tensors: Tensor) -> Integers:
-        """The stored parts as whole numbers and scales. Raises ValueError when a scale is not finite."""
+        """The stored parts as whole numbers (or floats of 8 bits) and scales. Raises ValueError when a scale is not finite."""
         part = self._checked(tensors)
+        if self.is_fp8:
+            return Integers(part["codes"].reshape(shape), self._by_group(as_scale(part["scales"]), shape), None)
         numbers = LAYOUTS[self.layout](part["codes"], self.bits, shape)
         half = 1 << (self.bits - 1) if self.layout in TRANSPOSED else 0  # those have no sign
         zeros = self._by_group(self._zeros(part["zeros"], shape), shape) - half if "zeros" in part else None
@@ -85,6 +92,8 @@ class Format:
         """One number per block -> [..., N, groups]."""
         few = few.float().reshape(self.scale_shape(shape))
         few = few.transpose(-1, -2) if self.layout in TRANSPOSED else few
+        if self.block[0] > 1:
+            few = few.repeat_interleave(self.block[0], -2).narrow(-2, 0, shape[-2])
         return few.expand(*shape[:-1], few.shape[-1]).contiguous()
 
     def quantize(self, dense: Tensor) -> tuple[Tensor, ...]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from autodeploy.formats import E2M1, SCHEMES
+from autodeploy.formats import E2M1, SCHEMES, Integers
 
 CODES = {
     "int8": torch.arange(-127, 128).float(),
@@ -76,3 +76,16 @@ def test_stored_whole_numbers() -> None:
         and not replace(form, parts=("codes", "scales", "order")).is_integers
     )
     assert not replace(form, block=(128, 128)).is_integers
+
+
+@pytest.mark.parametrize(("block", "scales"), [((0, 0), (1, 1)), ((1, 0), (200, 1)), ((128, 128), (2, 3)), ((1, 128), (200, 3))])
+def test_floats_of_8_bits_as_kernels_want_them(block: tuple[int, int], scales: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    form, shape = replace(SCHEMES["fp8"], block=block), (200, 300)
+    stored = (torch.randn(shape) * 50).to(torch.float8_e4m3fn), torch.rand(scales) + 0.1
+    made = form.integers(shape, *stored)
+    assert made.numbers.dtype == torch.float8_e4m3fn and made.scales.shape == (200, scales[1])
+    spread = made.scales.repeat_interleave(128 if block[1] else 300, 1)[:, :300]
+    assert torch.equal(made.numbers.float() * spread, form.dequantize(shape, *stored))
+    both = Integers.joined([made, made], torch.cat)
+    assert torch.equal(both.numbers.float(), made.numbers.float().repeat(2, 1)) and both.scales.shape[0] == 400

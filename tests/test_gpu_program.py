@@ -4,28 +4,33 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from autodeploy import SamplingParams, default_pipeline
+from autodeploy import QuantConfig, SamplingParams, default_pipeline
 from autodeploy._compile import CompiledModel
 from autodeploy._lower import lower
 from autodeploy.config import LLMArgs
 from autodeploy.executor.model_runner import ModelRunner
 from autodeploy.report.tables import describe
 from autodeploy.report.timeline import Timeline
+from autodeploy.transforms.quantize import QuantizeWeights
 from autodeploy.transforms.quantize_cache import QuantizeCache
+from tests.capture.test_quantized import BY_NAME, LLAMA, write
 from tests.custom_ops.triton_ops import CUDA
 from tests.models.families import make_model
+from tests.transforms.test_quantize import rounded_model
 
 PROMPTS = [[5, 6, 7, 8, 9], [11], [3, 4, 5]]
 
 
-def compiled_for_gpu(model: Any, pipeline: Any) -> CompiledModel:
+def compiled_for_gpu(model: Any, pipeline: Any, **options: Any) -> CompiledModel:
     """Its tensors lie on the CPU, where the interpreter is."""
-    args, timeline = LLMArgs(model=model, program_cache=False, max_num_tokens=16, max_batch_size=4), Timeline(show=False)
+    options = {"program_cache": False, "max_num_tokens": 16, "max_batch_size": 4, **options}
+    args, timeline = LLMArgs(model=model, **options), Timeline(show=False)
     lowered, _ = lower(args, pipeline, CUDA, timeline)
     runner = ModelRunner(lowered.program, lowered.source, "cpu")
     runner.records_steps = False
@@ -58,6 +63,41 @@ def test_logits_over_a_cache_of_8_bits(dtype: str) -> None:
         exact = model(ids).logits
     assert 1e-6 < (compiled(ids) - exact).norm() / exact.norm() < 0.05
     compiled.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("scheme", "provider"), [("w8a8", "triton_w8a8"), ("int8", "triton_w8a16"), ("int4", "triton_w4a16"), ("fp8", "triton_fp8")]
+)
+def test_weights_of_fewer_bits_stay_so(scheme: Any, provider: str) -> None:
+    model = make_model("llama", num_hidden_layers=1).bfloat16()
+    compiled = compiled_for_gpu(model, default_pipeline(CUDA, QuantizeWeights(scheme=scheme)))
+    assert provider in {choice.provider for choice in compiled.program.providers["linear"]}
+    ids = torch.tensor([[5, 6, 7, 8, 9, 10]])
+    with torch.no_grad():
+        exact = rounded_model(model.double(), QuantConfig(scheme=scheme))(ids).logits
+    assert (compiled(ids) - exact).norm() / exact.norm() < 0.05
+    compiled.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("name", "provider"),
+    [
+        ("block fp8", "triton_fp8"),
+        ("modelopt fp8", "triton_fp8"),
+        ("gptq", "triton_w4a16"),
+        ("compressed-tensors int8", "triton_w8a16"),
+    ],
+)
+def test_quantized_checkpoints_stay_so(name: str, provider: str, tmp_path: Path) -> None:
+    quantized, dense = write(tmp_path, BY_NAME[name], make_model("llama", **LLAMA))
+    found = {}
+    for folder in (quantized, dense):
+        compiled = compiled_for_gpu(str(folder), default_pipeline(CUDA), dtype="bfloat16")
+        providers = {choice.provider for choice in compiled.program.providers["linear"]}
+        assert (provider in providers) == (folder == quantized), providers
+        found[folder] = compiled(torch.tensor([[5, 6, 7, 8]]))
+        compiled.shutdown()
+    assert (found[quantized] - found[dense]).norm() / found[dense].norm() < 0.05
 
 
 def test_a_machine_without_a_gpu_imports_none_of_it() -> None:

@@ -38,7 +38,8 @@ class Provider:
     """Arguments that must be parameters, and what lays each out once, while loading: (parameter, the call's arguments by name)
     -> what `function` is given in its place."""
     against_format: Callable[[Format], list[str]] | None = None
-    """The reasons against a format of whole numbers. A provider that has this packs `Integers`, where others pack tensors."""
+    """The reasons against a format that is stored as numbers of few bits. A provider that has this packs `Integers`, where others
+    pack tensors."""
 
 
 @dataclass(eq=False)

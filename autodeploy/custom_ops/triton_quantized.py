@@ -35,9 +35,11 @@ class ByteRows:
     """A matrix [N, K] of bytes."""
 
     numbers: Tensor
-    """[N, K] int8."""
+    """[N, K] int8 or float8_e4m3fn."""
     scales: Tensor
-    """[N] float32."""
+    """[groups, N] float32."""
+    group: int
+    """Columns that share a scale."""
 
     @property
     def nbytes(self) -> int:
@@ -63,17 +65,21 @@ class HalfByteRows:
 
 
 def pack_byte_rows(weight: Integers, call: Mapping[str, Any] | None = None) -> ByteRows:
-    """weight: [N, K], a scale to each row, no zero points."""
-    return ByteRows(weight.numbers.contiguous(), weight.scales.flatten().contiguous())
+    """weight: [N, K], a scale to each row, or to each power of two of its columns; no zero points."""
+    return ByteRows(weight.numbers.contiguous(), weight.scales.T.contiguous(), _group_size(weight))
 
 
 def pack_half_byte_rows(weight: Integers, call: Mapping[str, Any] | None = None) -> HalfByteRows:
     """weight: [N, K] of four bits, a scale to each group of a row: all of it, or a power of two of columns."""
-    num_inputs, groups = weight.numbers.shape[1], weight.scales.shape[1]
     low, high = (weight.numbers + 8).view(torch.uint8).chunk(2, dim=1)
     offsets = None if weight.zeros is None else _shortest((weight.zeros + 8).T.contiguous())
-    group = num_inputs if groups == 1 else power_of_2(-(-num_inputs // groups))  # the last group may be a part of one
-    return HalfByteRows((low | high << 4).contiguous(), _shortest(weight.scales.T.contiguous()), offsets, group)
+    return HalfByteRows((low | high << 4).contiguous(), _shortest(weight.scales.T.contiguous()), offsets, _group_size(weight))
+
+
+def _group_size(weight: Integers) -> int:
+    """Columns that share a scale: all, or a power of two; the last group may be a part of one."""
+    num_inputs, groups = weight.numbers.shape[1], weight.scales.shape[1]
+    return num_inputs if groups == 1 else power_of_2(-(-num_inputs // groups))
 
 
 def _shortest(numbers: Tensor) -> Tensor:
@@ -97,6 +103,12 @@ def linear_w8a16(x: Tensor, weight: ByteRows, bias: Tensor | None = None) -> Ten
     return _multiply_bytes(BYTES, x, x, None, weight, bias)
 
 
+def linear_fp8(x: Tensor, weight: ByteRows, bias: Tensor | None = None) -> Tensor:
+    """As `linear`, of the rows as they are and floats of 8 bits, which are widened."""
+    x = x.contiguous()
+    return _multiply_bytes(BYTES, x, x, None, weight, bias)
+
+
 def _multiply_bytes(
     tiles: Sequence[Tile], x: Tensor, codes: Tensor, x_scales: Tensor | None, weight: ByteRows, bias: Tensor | None
 ) -> Tensor:
@@ -104,10 +116,11 @@ def _multiply_bytes(
     num_outputs, num_inputs = weight.numbers.shape
     out, rows = x.new_empty((*x.shape[:-1], num_outputs)), x.numel() // num_inputs
     if rows:
-        tile = tile_for(rows, tiles)
+        tile, is_grouped = tile_for(rows, tiles), len(weight.scales) > 1
+        blocks = {**tile.blocks, "BLOCK_K": gcd(weight.group, tile.depth)} if is_grouped else tile.blocks
         _bytes_gemm[_grid(tile, rows, num_outputs)](
-            codes, x_scales, weight.numbers, weight.scales, bias, out, rows, num_inputs, num_outputs,
-            ROUNDED=x_scales is not None, HAS_BIAS=bias is not None, **tile.blocks, **tile.options,
+            codes, x_scales, weight.numbers, weight.scales, bias, out, rows, num_inputs, num_outputs, weight.group,
+            ROUNDED=x_scales is not None, GROUPED=is_grouped, HAS_BIAS=bias is not None, **blocks, **tile.options,
         )  # fmt: skip
     return out
 
@@ -135,6 +148,16 @@ def _grid(tile: Tile, rows: int, num_outputs: int) -> tuple[int, int]:
     return -(-num_outputs // tile.columns), -(-rows // tile.rows)
 
 
+def _against_fp8(form: Format) -> list[str]:
+    group = form.block[1]
+    checks = {
+        f"the weights are {form.name}": not form.is_fp8,
+        f"groups of {group} columns are no power of 2 from {MIN_GROUP} on": group > 0
+        and max(MIN_GROUP, power_of_2(group)) != group,
+    }
+    return [reason for reason, holds in checks.items() if holds]
+
+
 def _against_half_bytes(form: Format) -> list[str]:
     group = form.block[1]
     checks = {
@@ -159,6 +182,7 @@ def _against_linear(multiple: int, target: Any, input: Tensor, weight: Tensor, b
 
 _KINDS: tuple[tuple[str, Callable[..., Tensor], Callable[..., Any], int, Callable[[Format], list[str]]], ...] = (
     ("triton_w4a16", linear_w4a16, pack_half_byte_rows, 2 * MIN_GROUP, _against_half_bytes),
+    ("triton_fp8", linear_fp8, pack_byte_rows, 16, _against_fp8),
     ("triton_w8a16", linear_w8a16, pack_byte_rows, 16, partial(against_bytes, rounds=False)),
     ("triton_w8a8", linear_w8a8, pack_byte_rows, 16, partial(against_bytes, rounds=True)),
 )

@@ -25,9 +25,11 @@ def same_numbers() -> None:
 
 
 def matrix(num_outputs: int, num_inputs: int, form: Format) -> tuple[Integers, Tensor]:
-    """Drawn whole numbers in a format, and the dense matrix by a formula of its own."""
+    """Drawn numbers in a format, and the dense matrix by a formula of its own."""
     half, groups = 1 << (form.bits - 1), num_inputs // (form.block[1] or num_inputs)
     numbers = torch.randint(-half, half, (num_outputs, num_inputs), dtype=torch.int8)
+    if form.is_fp8:
+        numbers = numbers.float().to(torch.float8_e4m3fn)
     scales = torch.rand(num_outputs, groups) * 0.01 + 0.001
     zeros = torch.randint(-half, half, scales.shape).float() if "zeros" in form.parts else None
     shift = 0 if zeros is None else zeros.double().repeat_interleave(num_inputs // groups, 1)

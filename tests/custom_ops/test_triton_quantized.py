@@ -13,6 +13,7 @@ from torch import Tensor
 from autodeploy.custom_ops import linear_op
 from autodeploy.custom_ops.triton_quantized import (
     HALF_BYTES,
+    linear_fp8,
     linear_w4a16,
     linear_w8a8,
     linear_w8a16,
@@ -30,6 +31,8 @@ WITH_ZEROS = replace(INT4, parts=("codes", "scales", "zeros"))
 KINDS: dict[str, tuple[Format, Any, Any, int]] = {
     "w8a8": (SCHEMES["w8a8"], pack_byte_rows, linear_w8a8, 144),
     "w8a16": (SCHEMES["int8"], pack_byte_rows, linear_w8a16, 144),
+    "fp8": (SCHEMES["fp8"], pack_byte_rows, linear_fp8, 144),
+    "fp8, groups of 128": (replace(SCHEMES["fp8"], block=(1, 128)), pack_byte_rows, linear_fp8, 384),
     "w4a16": (INT4, pack_half_byte_rows, linear_w4a16, 192),
     "w4a16, a scale a row": (replace(INT4, block=(1, 0)), pack_half_byte_rows, linear_w4a16, 160),
     "w4a16, groups of 128, the half ends within one": (replace(INT4, block=(1, 128)), pack_half_byte_rows, linear_w4a16, 384),
@@ -65,7 +68,7 @@ def test_what_the_dense_matrix_gives(kind: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 16, 40, 150])
-@pytest.mark.parametrize("kind", ["w8a8", "w8a16", "w4a16, zeros"])
+@pytest.mark.parametrize("kind", ["w8a8", "w8a16", "fp8, groups of 128", "w4a16, zeros"])
 def test_tiles_for_any_number_of_rows(kind: str, rows: int) -> None:
     assert tile_for(rows, HALF_BYTES) == HALF_BYTES[(rows > 16) + (rows > 64)]
     agrees(kind, rows, 130, torch.bfloat16, biased=False)
@@ -115,8 +118,12 @@ def test_which_kernel_a_format_gets_and_why_not_another() -> None:
     name, against = choice(SCHEMES["int8"], x, weight)
     assert name == "triton_w8a16" and against["triton_w8a8"] == ["activations may not be rounded"]
     assert choice(INT4, x, weight)[0] == choice(WITH_ZEROS, x, weight)[0] == "triton_w4a16"
+    assert {choice(replace(SCHEMES["fp8"], block=block), x, weight)[0] for block in ((0, 0), (1, 0), (128, 128))} == {
+        "triton_fp8"
+    }
     for form, reason in {
-        SCHEMES["fp8"]: "the weights are fp8",
+        SCHEMES["mxfp4"]: "the weights are mxfp4",
+        replace(SCHEMES["fp8"], block=(1, 24)): "no power of 2 from 16 on",
         replace(SCHEMES["int8"], block=(1, 32)): "groups of columns",
         replace(SCHEMES["int8"], parts=("codes", "scales", "zeros")): "zero points",
         replace(INT4, block=(1, 8)): "no power of 2 from 16 on",

@@ -38,12 +38,14 @@ def store_tile(total, scales, bias, out, row, column, rows, out_width, HAS_SCALE
 
 @triton.jit(do_not_specialize=["rows"])
 def bytes_gemm(
-    x, x_scales, weight, scales, bias, out, rows, x_width, out_width,
-    ROUNDED: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    x, x_scales, weight, scales, bias, out, rows, x_width, out_width, group,
+    ROUNDED: tl.constexpr, GROUPED: tl.constexpr, HAS_BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """out [rows, out_width] = x [rows, x_width] @ (weight [out_width, x_width] * scales [out_width]) + bias.
 
-    ROUNDED: x has been rounded to 8 bits by `quantize_rows`; otherwise the weight is widened to x's type.
+    ROUNDED: x has been rounded to 8 bits by `quantize_rows`; otherwise the weight is widened to x's type. GROUPED: scales are
+    [groups, out_width], and BLOCK_K divides a group.
     """
     tile = tl.swizzle2d(tl.program_id(1), tl.program_id(0), tl.num_programs(1), tl.num_programs(0), GROUP)
     row = tile[0] * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -55,15 +57,19 @@ def bytes_gemm(
     total = tl.zeros([BLOCK_N, BLOCK_M], kind)
     for start in range(0, x_width, BLOCK_K):
         is_step = start + step < x_width
-        numbers = tl.load(weight_at, (column < out_width)[:, None] & is_step[None, :], 0)
+        numbers = tl.load(weight_at, (column < out_width)[:, None] & is_step[None, :], 0.0)
         inputs = tl.load(x_at, (row < rows)[None, :] & is_step[:, None], 0)
-        total = tl.dot(numbers.to(inputs.dtype), inputs, total, out_dtype=kind)
+        if GROUPED:
+            scale = tl.load(scales + start // group * out_width + column, column < out_width, 0.0)
+            total += tl.dot(numbers.to(inputs.dtype), inputs) * scale[:, None]
+        else:
+            total = tl.dot(numbers.to(inputs.dtype), inputs, total, out_dtype=kind)
         x_at += BLOCK_K
         weight_at += BLOCK_K
     value = total.to(tl.float32)
     if ROUNDED:
         value *= tl.load(x_scales + row, row < rows, 0.0)[None, :]
-    store_tile(value, scales, bias, out, row, column, rows, out_width, True, HAS_BIAS)
+    store_tile(value, scales, bias, out, row, column, rows, out_width, not GROUPED, HAS_BIAS)
 
 
 @triton.jit
@@ -101,11 +107,11 @@ def half_bytes_gemm(
     store_tile(total, scales, bias, out, row, column, rows, out_width, False, HAS_BIAS)
 
 
-def _bytes(label, tile, must, rounded):
+def _bytes(label, tile, must, rounded, weight="*i8", grouped=False):
     """A variant of `bytes_gemm`."""
-    types = {"x": "*i8" if rounded else "*bf16", "x_scales": "*fp32", "weight": "*i8", "scales": "*fp32"}
+    types = {"x": "*i8" if rounded else "*bf16", "x_scales": "*fp32", "weight": weight, "scales": "*fp32"}
     types |= {"bias": "*bf16", "out": "*bf16"}
-    constants = {"ROUNDED": rounded, "HAS_BIAS": False, **tile.blocks}
+    constants = {"ROUNDED": rounded, "GROUPED": grouped, "HAS_BIAS": False, **tile.blocks}
     return Variant(bytes_gemm, label, types, constants, **tile.options, must=must)
 
 
@@ -128,6 +134,11 @@ VARIANTS = [
     ),
     *(_bytes(f"int8, {size}", tile, ("IGMMA", "LDGSTS"), True) for size, tile in zip(_SIZES, ROUNDED, strict=True)),
     *(_bytes(f"int8 and bf16, {size}", tile, ("HGMMA", "LDGSTS"), False) for size, tile in zip(_SIZES, BYTES, strict=True)),
+    *(
+        _bytes(f"fp8 and bf16{by}, {size}", tile, ("HGMMA", "LDGSTS"), False, "*fp8e4nv", grouped)
+        for grouped, by in ((False, ""), (True, " by 128"))
+        for size, tile in zip(_SIZES, BYTES, strict=True)
+    ),
     *(_half_bytes(f"int4 by 128, {size}", tile, 128) for size, tile in zip(_SIZES, HALF_BYTES, strict=True)),
     _half_bytes("int4 by 32, zero points, few rows", HALF_BYTES[0], 32, True),
     _half_bytes("int4 by 32, zero points, many rows", HALF_BYTES[2], 32, True),
