@@ -6,6 +6,7 @@ of 8 bits saturate, as the hardware's conversion does. Tested with triton 3.7.1.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,7 @@ def narrowed(data: np.ndarray, kind: Any) -> np.ndarray:
     return numbers.to(dtype).view(bits).numpy().reshape(data.shape)
 
 
+@cache
 def install() -> None:
     """Replace what the interpreter does with such numbers; once is enough."""
     builder: Any = interpreter.InterpreterBuilder

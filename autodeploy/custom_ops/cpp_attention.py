@@ -13,11 +13,10 @@ from torch import Tensor
 
 from autodeploy.custom_ops.attention import kv_append, paged_attention, rope_append
 from autodeploy.custom_ops.cpp import Kernel, against_cpp
+from autodeploy.custom_ops.layouts import against_turning
 from autodeploy.custom_ops.op import Provider
 
 DTYPES = (torch.float32, torch.bfloat16)
-MAX_HEAD_DIM = 1024
-"""Of what `rope_append` turns."""
 _append = Kernel("kv_append", "pppp" + "l" * 13)
 _rope_append = Kernel("rope_append", "p" * 10 + "l" * 14 + "fflll")
 _attend = Kernel("paged_attention", "pppppppp" + "l" * 18 + "ff")
@@ -160,16 +159,7 @@ def against_rope_append(
     **_: Any,
 ) -> list[str]:
     """The reasons against turning queries and keys and writing to this cache in C++."""
-    checks = {
-        "the numbers of a head are not neighbours": any(x.stride(-1) != 1 for x in (q, k, v)),
-        f"a head has more than {MAX_HEAD_DIM} numbers, or an odd number": q.shape[3] > MAX_HEAD_DIM or q.shape[3] % 2 != 0,
-        "cos or sin is not dense, [1, T, D]": any(
-            not angle.is_contiguous() or angle.shape[-2:] != q.shape[-2:] or any(size != 1 for size in angle.shape[:-2])
-            for angle in (cos, sin)
-        ),
-        "a weight is not one dense vector": any(w is not None and w.shape != q.shape[-1:] for w in (q_weight, k_weight)),
-    }
-    reasons = [reason for reason, holds in checks.items() if holds]
+    reasons = against_turning(q, k, v, cos, sin, q_weight, k_weight)
     reasons += _against_integers(slot_mapping=(slot_mapping, torch.int64))
     return [*_against_cache(cache, q, k, v, cos, sin, q_weight, k_weight), *reasons] or against_cpp(target)
 

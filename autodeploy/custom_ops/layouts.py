@@ -9,6 +9,8 @@ from torch import Tensor
 
 from autodeploy.custom_ops import pointwise
 
+MAX_HEAD_DIM = 1024
+"""Numbers of a head that own kernels turn, or read from a cache."""
 Against = Callable[..., list[str]]
 """(target, *tensors) -> the reasons against that target, and tensors of such dtypes."""
 
@@ -75,3 +77,19 @@ def _has_rows(x: Tensor) -> bool:
     """x is rows with the same stride from each to the next."""
     in_one_dim = all(size == 1 for size in x.shape[:-2])
     return x.dim() >= 2 and x.stride(-1) == 1 and (in_one_dim or x.is_contiguous())
+
+
+def against_turning(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, q_weight: Tensor | None, k_weight: Tensor | None
+) -> list[str]:
+    """The reasons against the layout of what `rope_append` is given."""
+    checks = {
+        "the numbers of a head are not neighbours": any(x.stride(-1) != 1 for x in (q, k, v)),
+        f"a head has more than {MAX_HEAD_DIM} numbers, or an odd number": q.shape[3] > MAX_HEAD_DIM or q.shape[3] % 2 != 0,
+        "cos or sin is not dense, [1, T, D]": any(
+            not angle.is_contiguous() or angle.shape[-2:] != q.shape[-2:] or any(size != 1 for size in angle.shape[:-2])
+            for angle in (cos, sin)
+        ),
+        "a weight is not one dense vector": any(w is not None and w.shape != q.shape[-1:] for w in (q_weight, k_weight)),
+    }
+    return [reason for reason, holds in checks.items() if holds]

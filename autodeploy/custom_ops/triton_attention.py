@@ -17,7 +17,6 @@ from autodeploy.custom_ops.gpu import Kernel, against_triton, power_of_2
 from autodeploy.custom_ops.op import Provider
 from autodeploy.specs import SCALE_BYTES
 
-MAX_HEAD_DIM = 1024
 LEAST_SPLIT, MOST_SPLITS = 512, 64
 """Keys of a request that one program works on while decoding, at least, and programs that share a request's keys."""
 _rope = Kernel("rope", "rope")
@@ -148,15 +147,7 @@ def against_rope_append(
     target: Any, q: Tensor, k: Tensor, v: Tensor, cache: Tensor, cos: Tensor, sin: Tensor, **call: Any
 ) -> list[str]:
     """The reasons against turning queries and keys and writing to this cache."""
-    checks = {
-        "the numbers of a head are not neighbours": any(x.stride(-1) != 1 for x in (q, k, v)),
-        f"a head has more than {MAX_HEAD_DIM} numbers, or an odd number": q.shape[3] > MAX_HEAD_DIM or q.shape[3] % 2 != 0,
-        "cos or sin is not dense, [1, T, D]": any(
-            not angle.is_contiguous() or angle.shape[-2:] != q.shape[-2:] or any(size != 1 for size in angle.shape[:-2])
-            for angle in (cos, sin)
-        ),
-    }
-    reasons = [reason for reason, holds in checks.items() if holds]
+    reasons = layouts.against_turning(q, k, v, cos, sin, call["q_weight"], call["k_weight"])
     others = (k, v, cos, sin, call["q_weight"], call["k_weight"])
     return against_triton(target, q) or [*_against_cache(cache, q, *others), *reasons]
 
@@ -171,7 +162,7 @@ def _against_cache(cache: Tensor, x: Tensor, *beside: Tensor | None) -> list[str
         "the cache is of another dtype": cache.dtype not in (x.dtype, *SCALED),
         "what is written is of several dtypes": any(other is not None and other.dtype != x.dtype for other in beside),
         "the cache is not dense": not cache.is_contiguous(),
-        f"a head has more than {MAX_HEAD_DIM} numbers": x.shape[3] > MAX_HEAD_DIM,
+        f"a head has more than {layouts.MAX_HEAD_DIM} numbers": x.shape[3] > layouts.MAX_HEAD_DIM,
     }
     return [reason for reason, holds in checks.items() if holds]
 

@@ -12,7 +12,7 @@ from autodeploy.custom_ops import kv_append, paged_attention, rope_append, trito
 from autodeploy.custom_ops.attention import scaled_rows, unscaled
 from tests.custom_ops.test_cpp_attention import EXTRAS, Extras, Shape, Step, empty_cache
 from tests.custom_ops.test_cpp_pointwise import layouts, numbers
-from tests.custom_ops.triton_ops import check, error, provider_of
+from tests.custom_ops.triton_ops import CUDA, check, error, provider_of
 
 SHAPES = {
     "plain": Shape(4, 2, 64, 64, 16),
@@ -135,3 +135,11 @@ def _cache(numbers_of_a_row: int, heads: int, kind: torch.dtype | None, dtype: t
 
 def _bits(cache: torch.Tensor) -> torch.Tensor:
     return cache.view(torch.uint8) if cache.element_size() == 1 else cache.nan_to_num(99)
+
+
+def test_a_weight_for_each_head_is_left_to_the_reference() -> None:
+    q, k, v = torch.randn(1, 8, 3, 16).split([4, 2, 2], 1)
+    angle, cache = torch.randn(1, 1, 3, 16), torch.zeros(4, 4, 2, 32)
+    call = (q, k, v, cache, torch.arange(3), angle, angle, False, torch.ones(4, 1, 16), None, 1e-6)
+    provider, against = rope_append.choose(CUDA, *call)
+    assert provider.name == "reference" and "not one dense vector" in str(against["triton"])

@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-import tests.custom_ops.triton_ops  # noqa: F401, makes the interpreter right for bfloat16
 from autodeploy.custom_ops import triton_sampling
 from autodeploy.executor.sampler import Sampler
 from tests.custom_ops.test_cpp_pointwise import rows_of_logits
+from tests.triton_interpreter import install
+
+install()
 
 
 @pytest.mark.parametrize("programs", [1, 12, 512])
