@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from autodeploy.errors import CheckpointError, did_you_mean
-from autodeploy.recipes import Initial, Leaf
+from autodeploy.recipes import Initial, Leaf, Part
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -97,12 +97,17 @@ class CheckpointSource:
         return torch.empty(stored.get_shape(), dtype=_DTYPES.get(stored.get_dtype(), torch.uint8), device="meta")
 
     def describe_leaf(self, leaf: Leaf) -> Tensor:
-        return self.describe(leaf.name)
+        stored = self.describe(leaf.name)
+        return leaf.of(stored) if isinstance(leaf, Part) else stored
 
     def fetch(self, leaf: Leaf) -> Tensor:
         if isinstance(leaf, Initial):
             return self.initial[leaf.name]
-        return self._files[self._file_of[leaf.name]].get_tensor(leaf.name)
+        file = self._files[self._file_of[leaf.name]]
+        if not isinstance(leaf, Part):
+            return file.get_tensor(leaf.name)
+        bounds = {dim: slice(start, stop) for dim, start, stop in leaf.bounds}
+        return file.get_slice(leaf.name)[tuple(bounds.get(dim, slice(None)) for dim in range(max(bounds) + 1))]
 
 
 def has_weights(folder: Path) -> bool:

@@ -38,6 +38,25 @@ class Integers:
     def to(self, device: str) -> Integers:
         return Integers(self.numbers.to(device), self.scales.to(device), None if self.zeros is None else self.zeros.to(device))
 
+    def narrow(self, dim: int, start: int, stop: int) -> Integers:
+        """Elements [start, stop) of a dim; columns in whole groups."""
+        groups, first, last = self.scales.shape[-1], start, stop
+        if dim == self.numbers.dim() - 1:
+            size = self.numbers.shape[-1] // groups
+            first, last = (0, 1) if groups == 1 else (start // size, stop // size)
+        zeros = None if self.zeros is None else self.zeros.narrow(dim, first, last - first)
+        return Integers(self.numbers.narrow(dim, start, stop - start), self.scales.narrow(dim, first, last - first), zeros)
+
+    def padded(self, dim: int, size: int) -> Integers:
+        """With rows (or matrices) of zeros behind the last one, up to `size`."""
+
+        def pad(part: Tensor) -> Tensor:
+            shape = list(part.shape)
+            shape[dim] = size - shape[dim]
+            return torch.cat([part, torch.zeros(shape, dtype=part.dtype, device=part.device)], dim)
+
+        return Integers(pad(self.numbers), pad(self.scales), None if self.zeros is None else pad(self.zeros))
+
     @classmethod
     def joined(cls, several: Sequence[Integers], join: Callable[[list[Tensor]], Tensor]) -> Integers:
         """Matrices of one format as one, each of their parts by `join`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -49,6 +49,24 @@ class Take(Leaf):
 
     def __str__(self) -> str:
         return self.name
+
+
+@dataclass(frozen=True)
+class Part(Take):
+    """A box of such a tensor, which is all that is read of it."""
+
+    bounds: tuple[tuple[int, int, int], ...]
+    """(dim, start, stop), by dim; the other dims are whole."""
+
+    def __str__(self) -> str:
+        inner = {dim: f"{start}:{stop}" for dim, start, stop in self.bounds}
+        return f"{self.name}[{', '.join(inner.get(dim, ':') for dim in range(max(inner) + 1))}]"
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """This part of the whole tensor, without a copy."""
+        for dim, start, stop in self.bounds:
+            tensor = tensor.narrow(dim, start, stop - start)
+        return tensor
 
 
 @dataclass(frozen=True)
@@ -105,6 +123,41 @@ class Slice(Unary):
 
     def apply(self, *tensors: Tensor) -> Tensor:
         return tensors[0].narrow(self.dim, self.start, self.stop - self.start)
+
+
+@dataclass(frozen=True)
+class Pad(Unary):
+    """Zeros behind the last element of a dim, up to a size."""
+
+    dim: int
+    size: int
+
+    def __str__(self) -> str:
+        return f"pad({self.source}, dim={self.dim}, size={self.size})"
+
+    def apply(self, *tensors: Tensor) -> Tensor:
+        (tensor,) = tensors
+        shape = list(tensor.shape)
+        shape[self.dim] = self.size - shape[self.dim]
+        return torch.cat([tensor, tensor.new_zeros(shape)], self.dim)
+
+
+@dataclass(frozen=True)
+class Shard(Unary):
+    """What one of several ranks has of a dim: ranges of it one after the other, then zeros up to a size.
+
+    All ranks have the same recipe; `autodeploy.shards` makes of it what one of them reads.
+    """
+
+    dim: int
+    """Counted from the last one (-1)."""
+    ranges: tuple[tuple[tuple[int, int], ...], ...]
+    """Of each rank, the (start, stop) that it has."""
+    size: int
+
+    def __str__(self) -> str:
+        shown = "|".join("+".join(f"{start}:{stop}" for start, stop in own) or "0" for own in self.ranges[:4])
+        return f"shard({self.source}, dim={self.dim}, {shown}{'|...' if len(self.ranges) > 4 else ''})"
 
 
 @dataclass(frozen=True)
@@ -247,11 +300,21 @@ def format_of(recipe: Recipe, stored: Mapping[str, Format]) -> Format | None:
             return recipe.format
         case Cast(source):
             return format_of(source, stored)
+        case Shard(source, dim, ranges, size):
+            form = format_of(source, stored)
+            return form if form is None or dim < -1 or _keeps_groups(form, ranges, size) else None
         case Join(parts) if _joins_rows(recipe):
             formats = {format_of(part, stored) for part in parts}
             return formats.pop() if len(formats) == 1 else None
         case _:
             return None
+
+
+def _keeps_groups(form: Format, ranges: Sequence[tuple[tuple[int, int], ...]], size: int) -> bool:
+    """Whether every rank has whole groups of columns, and no others."""
+    bounds = [bound for own in ranges for pair in own for bound in pair]
+    is_full = all(sum(stop - start for start, stop in own) == size for own in ranges)
+    return is_full and not any(bound % max(form.block[1], 1) for bound in bounds)
 
 
 def _joins_rows(recipe: Join) -> bool:
@@ -275,6 +338,10 @@ def integers(recipe: Recipe, fetch: Fetch) -> Integers:
             return Integers.joined([format.integers(tuple(part.shape), *format.quantize(part)) for part in parts], torch.cat)
         case Cast(source):
             return integers(source, fetch)
+        case Slice(source, dim, start, stop):
+            return integers(source, fetch).narrow(dim, start, stop)
+        case Pad(source, dim, size):
+            return integers(source, fetch).padded(dim, size)
         case Join(parts):
             return Integers.joined([integers(part, fetch) for part in parts], lambda tensors: recipe.apply(*tensors))
     raise AssertionError(f"{recipe} is not made of whole numbers")

@@ -25,11 +25,36 @@ class Level(StrEnum):
 
 
 @dataclass(frozen=True)
+class Mesh:
+    """How processes (ranks) divide a model: `pp` stages of layers, each shared by `tp` ranks. rank = stage * tp + index."""
+
+    tp: int = 1
+    """Ranks that share every layer: heads, columns of MLPs, rows of the vocabulary, and experts."""
+    ep: int = 1
+    """Groups of these ranks that the experts are dealt out to; inside a group an expert's columns are shared. Divides `tp`."""
+    pp: int = 1
+    """Stages, each with layers of its own."""
+
+    @property
+    def size(self) -> int:
+        """Ranks altogether."""
+        return self.tp * self.pp
+
+    def stage(self, rank: int) -> int:
+        return rank // self.tp
+
+    def index(self, rank: int) -> int:
+        """Of a rank among those of its stage: which part of each layer is its own."""
+        return rank % self.tp
+
+
+@dataclass(frozen=True)
 class Target:
     """What a program is compiled for."""
 
     device: str = "cpu"
     page_size: int = 32
+    mesh: Mesh = Mesh()
 
 
 @dataclass(frozen=True)

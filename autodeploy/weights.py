@@ -19,6 +19,8 @@ from autodeploy.recipes import (
     Initial,
     Join,
     Leaf,
+    Pad,
+    Part,
     Recipe,
     Stack,
     evaluate,
@@ -78,7 +80,8 @@ class LiveSource:
     mapped: bool = False
 
     def fetch(self, leaf: Leaf) -> Tensor:
-        return (self.initial if isinstance(leaf, Initial) else self.tensors)[leaf.name]
+        tensor = (self.initial if isinstance(leaf, Initial) else self.tensors)[leaf.name]
+        return leaf.of(tensor) if isinstance(leaf, Part) else tensor
 
 
 def materialize(
@@ -111,7 +114,7 @@ def _has_parts(recipe: Recipe) -> bool:
 
 
 def _assembled(recipe: Recipe, fetch: Fetch) -> Tensor:
-    like = _shape_of(recipe, fetch)
+    like = shape_of(recipe, fetch)
     device = next(fetch(leaf).device for leaf in recipe.leaves())  # that of a live model
     result = torch.empty(like.shape, dtype=like.dtype, device=device)
     with torch.no_grad():
@@ -119,7 +122,7 @@ def _assembled(recipe: Recipe, fetch: Fetch) -> Tensor:
     return result
 
 
-def _shape_of(recipe: Recipe, fetch: Fetch) -> Tensor:
+def shape_of(recipe: Recipe, fetch: Fetch) -> Tensor:
     """A meta tensor of the recipe's shape and dtype.
 
     Joins are computed here: torch's own on meta tensors are written in Python, and the first one imports dynamo (2 s).
@@ -128,7 +131,10 @@ def _shape_of(recipe: Recipe, fetch: Fetch) -> Tensor:
         return torch.empty_like(fetch(recipe), device="meta")
     if isinstance(recipe, Dequantize):
         return torch.empty(recipe.shape, dtype=torch.float32, device="meta")
-    like = [_shape_of(source, fetch) for source in recipe.sources]
+    if isinstance(recipe, Pad):
+        source = shape_of(recipe.source, fetch)
+        return source.new_empty([recipe.size if dim == recipe.dim else size for dim, size in enumerate(source.shape)])
+    like = [shape_of(source, fetch) for source in recipe.sources]
     if not isinstance(recipe, Join):
         return recipe.apply(*like)
     shape = list(like[0].shape)
@@ -146,7 +152,7 @@ def _fill(recipe: Recipe, out: Tensor, fetch: Fetch) -> None:
             for part, place in zip(parts, out.unbind(dim), strict=True):
                 _fill(part, place, fetch)
         case Cat(parts, dim):
-            sizes = [_shape_of(part, fetch).shape[dim] for part in parts]
+            sizes = [shape_of(part, fetch).shape[dim] for part in parts]
             for part, place in zip(parts, out.split(sizes, dim), strict=True):
                 _fill(part, place, fetch)
         case Cast(Join() as source, dtype) if dtype == out.dtype:

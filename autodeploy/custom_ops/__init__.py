@@ -10,6 +10,7 @@ from autodeploy.custom_ops import (  # noqa: F401, isort: skip, they register th
 from autodeploy.custom_ops import cpp_attention, cpp_linear, cpp_pointwise, cpp_quantized  # noqa: F401, they register their providers
 from autodeploy.custom_ops.attention import attention, kv_append, paged_attention, rope_append
 from autodeploy.custom_ops.attention_backend import AttentionBackend, LoweredAttention, register_attention_backend
+from autodeploy.custom_ops.collectives import COLLECTIVES, all_gather, all_reduce, local_index
 from autodeploy.custom_ops.conv import causal_conv1d, token_shift
 from autodeploy.custom_ops.delta_rule import gated_delta_rule
 from autodeploy.custom_ops.linear import embedding_op, linear_op
@@ -20,6 +21,7 @@ from autodeploy.custom_ops.pointwise import add_rms_norm, gated_activation, laye
 from autodeploy.custom_ops.scan import linear_scan, selective_scan, ssd
 
 __all__ = [
+    "COLLECTIVES",
     "PROVIDED",
     "SEMANTIC_OPS",
     "AttentionBackend",
@@ -27,6 +29,8 @@ __all__ = [
     "Provider",
     "SemanticOp",
     "add_rms_norm",
+    "all_gather",
+    "all_reduce",
     "attention",
     "causal_conv1d",
     "embedding_op",
@@ -37,6 +41,7 @@ __all__ = [
     "layer_norm",
     "linear_op",
     "linear_scan",
+    "local_index",
     "moe",
     "paged_attention",
     "provider_at_work",
