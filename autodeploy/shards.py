@@ -48,17 +48,17 @@ def _cut(recipe: Recipe, dim: int, ranges: tuple[tuple[int, int], ...], describe
     dim %= len(shape)
     if ranges == ((0, shape[dim]),):
         return recipe
-    parts, size = list[Recipe](), 0
+    made: Recipe | None = None
+    size = 0
     for start, stop in ranges:
         size += stop - start
-        if start >= 0:
-            parts.append(narrowed(recipe, dim, start, stop, describe))
-            continue
-        before = (
-            Cat(tuple(parts), dim) if len(parts) > 1 else [*parts, Slice(narrowed(recipe, dim, 0, 1, describe), dim, 0, 0)][0]
-        )
-        parts = [Pad(before, dim, size)]
-    return parts[0] if len(parts) == 1 else Cat(tuple(parts), dim)
+        if start < 0:
+            made = Pad(made or Slice(narrowed(recipe, dim, 0, 1, describe), dim, 0, 0), dim, size)
+        else:
+            part = narrowed(recipe, dim, start, stop, describe)
+            made = part if made is None else Cat((*made.parts, part) if isinstance(made, Cat) else (made, part), dim)
+    assert made is not None, f"a rank has nothing of {recipe}"
+    return made
 
 
 def narrowed(recipe: Recipe, dim: int, start: int, stop: int, describe: Fetch) -> Recipe:
