@@ -84,7 +84,7 @@ class _Check:
             case ops.all_reduce.overload:
                 if not layout.is_term:
                     raise Unshardable(f"it adds up {source.name}, of which ranks have no terms but {layout}")
-                self.layouts[node] = Layout(layout.dims)
+                self.layouts[node] = WHOLE
             case ops.all_gather.overload:
                 dim, size = cast(tuple[int, int], node.args[1:])
                 kept = [pair for own in layout.dims.get(dim, ()) for pair in own]

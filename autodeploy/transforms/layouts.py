@@ -32,6 +32,10 @@ class Layout:
     counted: Ranges | None = None
     """What its numbers count: things dealt out like this, each rank its own; the count of them stands for those of others."""
 
+    def __post_init__(self) -> None:
+        if self.is_term and self.dims:
+            raise Unshardable("ranks would have terms of different parts of it")
+
     @property
     def is_whole(self) -> bool:
         return not self.dims and not self.is_term and self.counted is None

@@ -14,7 +14,7 @@ from autodeploy.program import Program
 from autodeploy.recipes import Ranges
 from autodeploy.specs import Mesh
 from autodeploy.transforms.layouts import WHOLE, Demand, Layout, Site, Unshardable
-from autodeploy.transforms.ranges import Unaligned, clipped, even, followed_by, shifted
+from autodeploy.transforms.ranges import Unaligned, clipped, even, followed_by, is_partition, shifted
 from autodeploy.transforms.rewrite import arguments, aten, val
 from autodeploy.transforms.shard_plan import ShardPlan
 from autodeploy.transforms.shard_rules import Experts, Headed, Linear, Pointwise, RMSNorm, is_core, once, rule_of
@@ -132,10 +132,10 @@ class Planner:
             elif sources := [source for source in node.all_input_nodes if source in flowing]:
                 owners = NOBODY.union(*(flowing[source][1] for source in sources))
                 if isinstance(rule, Linear):
-                    source, last = node.args[0], val(node.args[0]).dim() - 1
-                    if source in flowing and last in flowing[source][0]:  # pyright: ignore[reportArgumentType]
+                    source = rule.parts(arguments(node))[0]
+                    if source in flowing and (last := val(source).dim() - 1) in flowing[source][0]:
                         reached[node] = None
-                        yield node, flowing[source][0][last], owners  # pyright: ignore[reportArgumentType]
+                        yield node, flowing[source][0][last], owners
                 elif (dims := self._carried(node, flowing)) is not None:
                     flowing[node] = dims, owners
         spine = spine_of(self.program)
@@ -146,9 +146,8 @@ class Planner:
                 and node not in self.refused
                 and _ends(node, spine)
             ):
-                name = str(node.args[1].target)  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
-                columns = even(val(node.args[1]).shape[1], self.mesh.tp, self._unit(name))
-                yield node, columns, frozenset({node})
+                columns, name = _inputs(node)
+                yield node, even(columns, self.mesh.tp, self._unit(name)), frozenset({node})
 
     def _carried(self, node: fx.Node, flowing: Mapping[fx.Node, Any]) -> Mapping[int, Ranges] | None:
         """What ranks have of a call's result, if whatever else it reads is shared accordingly; None when that is not known."""
@@ -170,12 +169,17 @@ class Planner:
         return found.dims if isinstance(found, Layout) else None
 
     def _close(self, linear: fx.Node, columns: Ranges, owners: Owners) -> None:
-        given = arguments(linear)
-        x, weight, bias = given["input"], given["weight"], given["bias"]
-        self._assign(weight, Layout({1: columns}), owners)
+        rule = rule_of(linear.target)
+        assert isinstance(rule, Linear)
+        x, weight, bias = rule.parts(arguments(linear))
+        self.close(rule, weight, bias, columns, owners)
+        self._ask(Demand.all_of(x, val(x).dim() - 1, columns), owners)
+
+    def close(self, rule: Linear, weight: fx.Node, bias: fx.Node | None, columns: Ranges, owners: Owners) -> None:
+        """Deal out what a linear reads: these columns of its weight, and its bias to the first rank."""
+        self._assign(weight, Layout({rule.inputs: columns}), owners)
         if bias is not None:
             self._assign(bias, Layout({0: once(val(bias).shape[0], self.mesh.tp)}), owners)
-        self._ask(Demand.all_of(x, val(x).dim() - 1, columns), owners)
 
     # Back from there
 
@@ -215,13 +219,15 @@ class Planner:
             size = int(val(node).shape[dim])
             whole = pieces.pop((0, size), None)
             joined, offset = None, 0
-            for (start, stop), ranges in sorted(pieces.items()):
-                if start != offset:
-                    raise Unaligned(f"nobody, or more than one, says how ranks share dim {dim} from {min(offset, start)} on")
-                joined = ranges if joined is None else followed_by(joined, shifted(ranges, start))
+            for (start, stop), ranges in [*sorted(pieces.items()), ((size, size), None)] if pieces else []:
+                if start < offset:
+                    raise Unaligned(f"more than one says how ranks share dim {dim} from {start} on")
+                if start > offset:  # nobody asks for part of that
+                    gap: Ranges = (((offset, start),),) * self.mesh.tp
+                    joined = gap if joined is None else followed_by(joined, gap)
+                if ranges is not None:
+                    joined = shifted(ranges, start) if joined is None else followed_by(joined, shifted(ranges, start))
                 offset = stop
-            if pieces and offset != size:
-                raise Unaligned(f"nobody says how ranks share {offset}:{size} of dim {dim}")
             if whole is not None and any(clipped(whole, *bounds)[0] != ranges for bounds, ranges in pieces.items()):
                 raise Unaligned("its readers need different parts of it")
             dims[dim] = whole or joined  # pyright: ignore[reportArgumentType]
@@ -267,6 +273,8 @@ class Derivation:
             down: Any = arguments(node)["down"]
             if (experts := held.get(down, WHOLE).dims.get(0)) is not None:
                 layouts[index] = Layout(counted=experts)  # as it will be
+        if isinstance(rule, Linear):
+            self._deal_out_inputs(node, rule, layouts)
         while True:
             try:
                 self.layouts[node] = rule.forward(self.planner.site(node, layouts))
@@ -277,8 +285,20 @@ class Derivation:
                 layout = layouts.get(error.argument)
                 if not isinstance(layout, Layout) or not layout.is_term:
                     raise self._conflict(node, error) from error
-                layouts[error.argument] = Layout(layout.dims)
+                layouts[error.argument] = WHOLE
                 self.reduced.setdefault(error.argument.name, []).append(node.name)
+
+    def _deal_out_inputs(self, node: fx.Node, rule: Linear, layouts: dict[fx.Node, Any]) -> None:
+        """A linear of what ranks share, inside of a layer: its weight, which nobody has spoken for, is dealt out likewise."""
+        x, weight, bias = rule.parts(arguments(node))
+        last = val(x).dim() - 1
+        columns = layouts.get(x, WHOLE).dims.get(last)
+        if columns is None or weight in layouts or not _is_parameter(weight) or not is_partition(columns, val(x).shape[last]):
+            return
+        self.planner.close(rule, weight, bias, columns, self.owners[node])
+        for parameter in (weight, bias):
+            if parameter is not None:
+                self.layouts[parameter] = layouts[parameter] = self.planner.parameters[str(parameter.target)]
 
     def _put_out(self, node: fx.Node) -> None:
         """The result is needed whole on every rank."""
@@ -322,15 +342,28 @@ def spine_of(program: Program) -> set[fx.Node]:
     return spine | {tables[0]}
 
 
+def _inputs(linear: fx.Node) -> tuple[int, str]:
+    """How many numbers a linear reads, and its weight's name."""
+    rule = rule_of(linear.target)
+    assert isinstance(rule, Linear)
+    weight = rule.parts(arguments(linear))[1]
+    return val(weight).shape[rule.inputs], str(weight.target)
+
+
 def _ends(linear: fx.Node, spine: set[fx.Node]) -> bool:
     """Whether a linear of linears is the last one before the residual."""
-    return _is_parameter(linear.args[1]) and _meets(linear, spine, forward=False) and not _meets(linear, spine, forward=True)
+    rule = rule_of(linear.target)
+    assert isinstance(rule, Linear)
+    return (
+        _is_parameter(rule.parts(arguments(linear))[1])
+        and _meets(linear, spine, forward=False)
+        and not _meets(linear, spine, forward=True)
+    )
 
 
 def _meets(linear: fx.Node, spine: set[fx.Node], *, forward: bool) -> bool:
     """Whether there is another linear, or heads or experts, between this one and the spine."""
-    start = list(linear.users) if forward else [linear.args[0]]
-    seen, todo = set[Any](), start
+    seen, todo = set[Any](), list[Any](linear.users if forward else linear.all_input_nodes)
     while todo:
         node = todo.pop()
         if node in seen or node in spine or not isinstance(node, fx.Node):

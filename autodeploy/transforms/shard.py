@@ -19,7 +19,7 @@ from autodeploy.transforms.base import Effect, Transform
 from autodeploy.transforms.layouts import WHOLE, Layout, Site
 from autodeploy.transforms.plan_sharding import plan_sharding
 from autodeploy.transforms.rewrite import arguments, derive_again, fake_mode, insert_call, insert_parameter, val
-from autodeploy.transforms.shard_moves import Expanded
+from autodeploy.transforms.shard_moves import Created, Expanded
 from autodeploy.transforms.shard_plan import ShardPlan
 from autodeploy.transforms.shard_rules import rule_of
 
@@ -103,14 +103,14 @@ class _Rewrite:
         if node.op == "get_attr":
             return self.plan.parameters[str(node.target)].layout
         found = self.plan.values.get(node.name, WHOLE)
-        return Layout(found.dims) if reader.name in self.plan.reduced.get(node.name, ()) else found
+        return WHOLE if reader.name in self.plan.reduced.get(node.name, ()) else found
 
     def _change(self, node: fx.Node) -> _Change | None:
         layouts = {source: self.layout(source, node) for source in node.all_input_nodes}
         out, given = self.plan.values.get(node.name, WHOLE), arguments(node)
         if all(layout == WHOLE for layout in (out, *layouts.values())):
             return None
-        wanted = out if isinstance(rule_of(node.target), Expanded) else None
+        wanted = out if isinstance(rule_of(node.target), Expanded | Created) else None
         site = Site(node.target, given, val(node), layouts, val, self.plan.mesh.tp, wanted)
         rule = rule_of(node.target)
         args, target = rule.local(site, out), rule.target(site)

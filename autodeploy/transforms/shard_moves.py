@@ -120,16 +120,53 @@ def _local_sizes(site: Site, name: str, out: Layout, first: int) -> dict[str, An
     return {name: sizes} if sizes != list(site.args[name]) else {}
 
 
+class Created(Rule):
+    """zeros, new_empty, ...: the same everywhere, so any part of it will do."""
+
+    def forward(self, site: Site) -> Layout:
+        return WHOLE if site.wanted is None else site.wanted
+
+    def backward(self, site: Site, out: Dims) -> Iterator[Demand]:
+        return iter(())
+
+    def local(self, site: Site, out: Layout) -> dict[str, Any]:
+        return _local_sizes(site, "size", out, 0)
+
+
+class Scattered(Rule):
+    """slice_scatter: a tensor with part of one dim replaced."""
+
+    def forward(self, site: Site) -> Layout:
+        into, source = site.args["self"], site.args["src"]
+        layout, dim = site.layout(into), positive(site.args["dim"], site.out.dim())
+        if site.layout(source) != layout or dim in layout.dims:
+            raise Unshardable("ranks do not share both in the same way, along other dims", source)
+        return layout
+
+    def backward(self, site: Site, out: Dims) -> Iterator[Demand]:
+        if positive(site.args["dim"], site.out.dim()) in out:
+            raise Unshardable("it replaces part of a dim that ranks share", site.first)
+        for node in (site.args["self"], site.args["src"]):
+            for dim, ranges in out.items():
+                yield Demand.all_of(node, dim, ranges)
+
+
 class Reshaped(Rule):
     """view, reshape, flatten, unflatten: numbers keep their order."""
 
     def forward(self, site: Site) -> Layout:
         layout = site.layout(site.first)
-        return layout.moved(regrouped(layout.dims, site.shape(site.first), tuple(site.out.shape)))
+        found = layout.moved(regrouped(layout.dims, site.shape(site.first), tuple(site.out.shape)))
+        if isinstance(other := site.args.get("other"), fx.Node) and site.layout(other).dims != found.dims:
+            raise Unshardable("ranks have another part of what it takes the shape of", other)
+        return found
 
     def backward(self, site: Site, out: Dims) -> Iterator[Demand]:
         for dim, ranges in regrouped(out, tuple(site.out.shape), site.shape(site.first)).items():
             yield Demand.all_of(site.first, dim, ranges)
+        if isinstance(other := site.args.get("other"), fx.Node):
+            for dim, ranges in out.items():
+                yield Demand.all_of(other, dim, ranges)
 
     def local(self, site: Site, out: Layout) -> dict[str, Any]:
         if "sizes" in site.args:  # unflatten
@@ -334,8 +371,10 @@ SPLITS = {named_op(name) for name in ["split.Tensor", "split_with_sizes", "chunk
 _NAMES: dict[type[Rule], str] = {
     Permuted: "permute transpose.int t movedim.int numpy_T swapaxes",
     Resized: "unsqueeze squeeze squeeze.dim squeeze.dims select.int",
-    Expanded: "expand",
-    Reshaped: "view reshape _unsafe_view flatten.using_ints unflatten.int",
+    Expanded: "expand broadcast_to",
+    Created: "new_empty new_zeros new_ones new_full zeros ones full empty.memory_format",
+    Scattered: "slice_scatter",
+    Reshaped: "view reshape view_as reshape_as _unsafe_view flatten.using_ints unflatten.int",
     Sliced: "slice.Tensor",
     Joined: "cat concat",
     Selected: "index_select",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +13,6 @@ from autodeploy.recipes import Ranges
 from autodeploy.transforms.layouts import TERM, WHOLE, Demand, Layout, Site, Unshardable
 from autodeploy.transforms.ranges import (
     Unaligned,
-    divided,
     even,
     followed_by,
     is_partition,
@@ -176,36 +175,44 @@ class LayerNorm(AlongDims):
 
 
 class Linear(Rule):
-    """x [..., K], weight [N, K], bias [N]: rows of the weight are columns of the result; with its columns, ranks have terms."""
+    """x [..., K], weight [N, K] (or [K, N]), bias [N]: N of the weight is dealt out with the result; of K, ranks have terms."""
+
+    def __init__(self, x: str, weight: str, bias: str, *, transposed: bool = False) -> None:
+        self.names = x, weight, bias
+        self.outputs, self.inputs = (1, 0) if transposed else (0, 1)
+
+    def parts(self, args: Mapping[str, Any]) -> tuple[Any, Any, Any]:
+        """x, weight, bias of a call's arguments."""
+        x, weight, bias = (args[name] for name in self.names)
+        return x, weight, bias
 
     def forward(self, site: Site) -> Layout:
-        x, weight, bias = site.args["input"], site.args["weight"], site.args["bias"]
+        x, weight, bias = self.parts(site.args)
         last, mine, rows = len(site.shape(x)) - 1, site.layout(x), site.layout(weight)
-        site_bias = Layout() if bias is None else site.layout(bias)
-        if mine.counted is not None or rows.is_term:
+        of_bias = WHOLE if bias is None else site.layout(bias)
+        if mine.is_term or mine.counted is not None or rows.is_term:
             site.whole(x, weight)
-        if mine.is_term and bias is not None:
-            raise Unshardable("every rank would add its bias", x)
-        if mine.dims.get(last) != rows.dims.get(1):
+        columns, made = mine.dims.get(last), rows.dims.get(self.outputs)
+        if columns != rows.dims.get(self.inputs):
             raise Unshardable("ranks have other columns of the weight than of what it is multiplied with", x)
         others = {dim: ranges for dim, ranges in mine.dims.items() if dim != last}
-        if last not in mine.dims:
-            if bias is not None and site_bias.dims != ({0: rows.dims[0]} if 0 in rows.dims else {}):
+        if columns is None:
+            if bias is not None and of_bias.dims != ({} if made is None else {0: made}):
                 raise Unshardable("ranks have other rows of the bias than of the weight", bias)
-            return Layout(others | ({last: rows.dims[0]} if 0 in rows.dims else {}), mine.is_term)
-        if not is_partition(mine.dims[last], site.shape(x)[last]) or 0 in rows.dims or mine.is_term:
+            return Layout(others | ({} if made is None else {last: made}))
+        if not is_partition(columns, site.shape(x)[last]) or made is not None or others:
             raise Unshardable("its sum would count some numbers twice", x)
-        if bias is not None and not is_once(site_bias.dims.get(0), site.shape(bias)[0]):
+        if bias is not None and not is_once(of_bias.dims.get(0), site.shape(bias)[0]):
             raise Unshardable("its bias must be added by one rank", bias)
-        return Layout(others, is_term=True)
+        return TERM
 
     def backward(self, site: Site, out: Dims) -> Iterator[Demand]:
-        x, weight, bias, last = site.args["input"], site.args["weight"], site.args["bias"], site.out.dim() - 1
+        x, weight, bias = self.parts(site.args)
         for dim, ranges in out.items():
-            if dim != last:
+            if dim != site.out.dim() - 1:
                 yield Demand.all_of(x, dim, ranges)
                 continue
-            yield Demand.all_of(weight, 0, ranges)
+            yield Demand.all_of(weight, self.outputs, ranges)
             if bias is not None:
                 yield Demand.all_of(bias, 0, ranges)
 
@@ -220,38 +227,43 @@ def is_once(ranges: Ranges | None, size: int) -> bool:
 
 
 class MatMul(Rule):
-    """a [..., M, K] and b [..., K, N], or with the same dims before."""
+    """a [..., M, K] and b [..., K, N]; the dims before are those of matrices, repeated where one of the two has none."""
 
     def forward(self, site: Site) -> Layout:
-        a, b = site.tensors if len(site.tensors) == 2 else (site.first, site.first)
+        (a, mine), (b, theirs) = self._aligned(site)
         rank = site.out.dim()
-        if len(site.shape(a)) != rank or len(site.shape(b)) != rank or a is b:
-            return super().forward(site)
-        mine, theirs = site.layout(a), site.layout(b)
-        if mine.is_term or theirs.is_term or mine.counted is not None:
-            site.whole(a, b)
-        dims = {dim: ranges for dim, ranges in mine.dims.items() if dim < rank - 1}
-        dims |= {dim: ranges for dim, ranges in theirs.dims.items() if dim < rank - 2 or dim == rank - 1}
-        for node, layout in ((a, mine), (b, theirs)):
-            if any(layout.dims.get(dim) != dims.get(dim) for dim in range(rank - 2) if site.shape(node)[dim] != 1):
+        dims = {dim: ranges for dim, ranges in mine.items() if dim < rank - 1}
+        dims |= {dim: ranges for dim, ranges in theirs.items() if dim < rank - 2 or dim == rank - 1}
+        for node, held in ((a, mine), (b, theirs)):
+            shape = (1,) * (rank - len(site.shape(node))) + site.shape(node)
+            if any(held.get(dim) != dims.get(dim) for dim in range(rank - 2) if shape[dim] != 1):
                 raise Unshardable("ranks have other matrices of the one than of the other", node)
-        if mine.dims.get(rank - 1) != theirs.dims.get(rank - 2):
+        if mine.get(rank - 1) != theirs.get(rank - 2):
             raise Unshardable("ranks have other columns of the one than rows of the other", a)
-        if (summed := mine.dims.get(rank - 1)) is None:
+        if (summed := mine.get(rank - 1)) is None:
             return Layout(dims)
-        if not is_partition(summed, site.shape(a)[rank - 1]):
+        if not is_partition(summed, site.shape(a)[-1]):
             raise Unshardable("its sum would count some numbers twice", a)
         return Layout(dims, is_term=True)
 
+    def _aligned(self, site: Site) -> list[tuple[Any, Mapping[int, Ranges]]]:
+        """Both, each with what ranks have of it by the dims of the result."""
+        both, rank = list(site.args.values())[:2], site.out.dim()
+        if any(len(site.shape(node)) < 2 for node in both):
+            site.whole(*both)
+        for node in both:
+            if site.layout(node).is_term or site.layout(node).counted is not None:
+                site.whole(node)
+        offsets = {node: rank - len(site.shape(node)) for node in both}
+        return [(node, {dim + offsets[node]: ranges for dim, ranges in site.layout(node).dims.items()}) for node in both]
+
     def backward(self, site: Site, out: Dims) -> Iterator[Demand]:
         rank = site.out.dim()
-        for number, node in enumerate(site.tensors):
-            if len(site.shape(node)) != rank:
-                raise Unshardable("no rule says how ranks share it", node)
+        for (node, _), own in zip(self._aligned(site), (rank - 2, rank - 1), strict=True):
+            offset = rank - len(site.shape(node))
             for dim, ranges in out.items():
-                is_its_own = dim < rank - 2 and site.shape(node)[dim] != 1
-                if is_its_own or dim == (rank - 2 if number == 0 else rank - 1):
-                    yield Demand.all_of(node, dim, ranges)
+                if dim == own or (offset <= dim < rank - 2 and site.shape(node)[dim - offset] != 1):
+                    yield Demand.all_of(node, dim - offset, ranges)
 
 
 class Headed(Rule):
@@ -299,6 +311,16 @@ class Headed(Rule):
         """How ranks share the result."""
         group = max([1, *(each for _, _, each in self.arguments(site))])
         return Layout({self.out: self.parts(site, group)[0]})
+
+
+class Channels(Headed):
+    """Convolutions: each channel by itself, however channels are shared."""
+
+    def backward(self, site: Site, out: Dims) -> Iterator[Demand]:
+        if set(out) != {self.out}:
+            raise Unshardable("ranks can share its channels only", site.first)
+        for node, dim, _ in self.arguments(site):
+            yield Demand.all_of(node, dim, out[self.out])
 
 
 def shared_heads(num_heads: int, group: int, num_ranks: int) -> tuple[Ranges, Ranges]:
@@ -459,11 +481,12 @@ _NAMES: dict[type[Rule], str] = {
         to.dtype to.device to.dtype_layout _to_copy type_as alias detach clone contiguous copy lift_fresh_copy
         multiply.Tensor divide.Tensor subtract.Tensor where.ScalarOther where.ScalarSelf where.Scalar
         zeros_like ones_like full_like masked_fill.Scalar masked_fill.Tensor""",
-    LayerNorm: "layer_norm",
+    LayerNorm: "layer_norm rms_norm",
 }
 RULES: dict[Any, Rule] = MOVES | {named_op(name): kind() for kind, names in _NAMES.items() for name in names.split()}
 RULES |= {
-    aten.linear.default: Linear(),
+    aten.linear.default: Linear("input", "weight", "bias"),
+    aten.addmm.default: Linear("mat1", "mat2", "self", transposed=True),
     aten.embedding.default: Embedding(),
     ops.rms_norm.overload: RMSNorm(),
     ops.layer_norm.overload: LayerNorm(),
@@ -475,8 +498,8 @@ RULES |= {
     ops.gated_delta_rule.whole.overload: Headed(2, v=2, q=2, k=2, decay=2, beta=2),
     ops.selective_scan.whole.overload: Headed(2, x=2, dt=2, a=0),
     ops.linear_scan.whole.overload: Headed(2, x=2, decay=2),
-    ops.causal_conv1d.whole.overload: Headed(2, x=2, weight=0, bias=0),
-    ops.token_shift.whole.overload: Headed(2, x=2),
+    ops.causal_conv1d.whole.overload: Channels(2, x=2, weight=0, bias=0),
+    ops.token_shift.whole.overload: Channels(2, x=2),
 }
 POINTWISE, UNKNOWN = Pointwise(), Rule()
 
@@ -490,13 +513,5 @@ def rule_of(target: Any) -> Rule:
 
 
 def is_core(target: Any) -> bool:
-    """Whether ranks share a call of its heads because that is what it is for; convolutions follow what they are part of."""
-    return isinstance(RULES.get(target), Headed) and target not in FOLLOWING
-
-
-FOLLOWING = {ops.causal_conv1d.whole.overload, ops.token_shift.whole.overload}
-
-
-def quantum(ranges: Ranges, unit: int) -> Ranges:
-    """In whole units. Raises Unaligned."""
-    return scaled(divided(ranges, unit), unit)
+    """Whether how ranks share a call's heads is decided there; convolutions follow what they are part of."""
+    return type(RULES.get(target)) is Headed
