@@ -52,9 +52,13 @@ class Channel:
             view = view[received:]
         return content
 
-    def close(self) -> None:
+    def hang_up(self) -> None:
+        """Whoever reads, on either side, finds that it is over."""
         with suppress(OSError):
-            self.socket.shutdown(socket.SHUT_RDWR)  # whoever reads in another thread is woken
+            self.socket.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self.hang_up()
         self.socket.close()
 
 

@@ -156,7 +156,7 @@ def accept_all(listener: socket.socket, token: str, size: int) -> list[Peer]:
             raise EngineDeadError(f"ranks {absent} have not connected in {listener.gettimeout():g} s") from None
         if hello.build != build():
             raise EngineDeadError(f"rank {hello.rank} has {hello.build}, and rank 0 {build()}. Install the same on all machines.")
-        peers[hello.rank] = Peer(hello.rank, channel, channel.close)
+        peers[hello.rank] = Peer(hello.rank, channel, channel.hang_up)
     return [peers[rank] for rank in sorted(peers)]
 
 

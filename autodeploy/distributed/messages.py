@@ -110,7 +110,10 @@ def encode(message: Message) -> bytes:
 
 def decode(content: bytes | bytearray) -> Any:
     """Raises ValueError for what is no message."""
-    return _decoder.decode(content)
+    try:
+        return _decoder.decode(content)
+    except msgspec.MsgspecError as error:
+        raise ValueError(f"not a message: {error}") from error
 
 
 def digest_of(program: bytes) -> str:

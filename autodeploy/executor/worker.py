@@ -145,20 +145,20 @@ class Watch:
                 os._exit(1)
             passed = min(time.monotonic() - before, 2 * TICK)  # time in which this process was stopped does not count
             self._seconds += passed
-            self._stopped = self._stopped + passed if self._parent and _is_stopped(self._parent) else 0.0
-            if self._in_step and self._seconds > self.timeout:
-                self._end_hanging()
-            if self._stopped > self.timeout:
-                with suppress(ProcessLookupError):
-                    os.kill(self._parent, signal.SIGKILL)
+            self._stopped = self._stopped + passed if _is_stopped(self._parent) else 0.0
+            if self._stopped > self.timeout or (self._in_step and self._seconds > self.timeout):
                 self._end_hanging()
 
     def _end_hanging(self) -> None:
         faulthandler.dump_traceback(file=2)
+        if _is_stopped(self._parent):
+            with suppress(ProcessLookupError):
+                os.kill(self._parent, signal.SIGKILL)
         os._exit(1)
 
 
 def _is_stopped(process: int) -> bool:
+    """By SIGSTOP, not by a debugger."""
     with suppress(OSError):
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "T"
     return False

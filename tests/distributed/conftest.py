@@ -12,7 +12,7 @@ from tests.models.families import make_model
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("llama")
-    make_model("llama").save_pretrained(path)
+    make_model("llama", num_hidden_layers=1).save_pretrained(path)
     return path
 
 
