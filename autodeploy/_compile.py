@@ -7,29 +7,41 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from numbers import Integral
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-import psutil
 import torch
 from torch import Tensor
 
+from autodeploy.checkpoint import CheckpointSource
 from autodeploy.config import LLMArgs, SamplingParams
+from autodeploy.distributed.launch import (
+    Launch,
+    connect_under_torchrun,
+    is_under_torchrun,
+    launch_processes,
+    launch_under_torchrun,
+    torchrun_place,
+    torchrun_rank,
+)
 from autodeploy.errors import ConfigError, EngineDeadError, RequestError
 from autodeploy.executor.batch import BatchBuilder
 from autodeploy.executor.cuda_graphs import GraphOptions
+from autodeploy.executor.distributed_runner import DistributedRunner, RankOptions, Stage, start_ranks
 from autodeploy.executor.engine import ADExecutor
+from autodeploy.executor.memory import free_memory
 from autodeploy.executor.model_runner import ModelRunner, Runner
 from autodeploy.executor.outputs import RequestHandle, RequestOutput
 from autodeploy.executor.pool_sizes import PoolSizes
 from autodeploy.executor.request import Detokenizer, Request
 from autodeploy.executor.sampler import Sampler
 from autodeploy.executor.scheduler import Scheduler
+from autodeploy.executor.worker import serve
 from autodeploy.program import Program
-from autodeploy.program_cache import Lowered, Place, place_of
+from autodeploy.program_cache import Lowered, Place, is_code, place_of
 from autodeploy.program_store import Miss
 from autodeploy.report.tables import describe
 from autodeploy.report.timeline import Timeline
@@ -45,7 +57,17 @@ def compile(model: Any, **options: Any) -> CompiledModel:
     model: an `nn.Module` of transformers in memory (left as it is; unchanged weights are shared with it) or a checkpoint folder.
     options: those of `LLM`; see `LLMArgs`. Raises ConfigError, CheckpointError, UnsupportedModelError or TransformError.
     """
-    return compile_observed(LLMArgs(model=model, **options))
+    args = LLMArgs(model=model, **options)
+    serve_if_other_rank(args)
+    return compile_observed(args)
+
+
+def serve_if_other_rank(args: LLMArgs) -> None:
+    """Under torchrun every rank runs the same script. In all but rank 0 this call serves until rank 0 is done, and exits."""
+    if args.mesh.size > 1 and _distributed_backend(args) == "torchrun" and (rank := torchrun_rank(args.mesh.size)) > 0:
+        _refuse_ranks(args)
+        serve(connect_under_torchrun(rank), rank, torchrun_place())
+        raise SystemExit(0)
 
 
 def compile_observed(args: LLMArgs, *observers: Observer, timeline: Timeline | None = None) -> CompiledModel:
@@ -62,10 +84,15 @@ def compile_observed(args: LLMArgs, *observers: Observer, timeline: Timeline | N
         for option in (option for option, is_given in rounds.items() if is_given):
             raise ConfigError(f"backend='pytorch' runs the model as it is; leave '{option}' out, or use backend='autodeploy'")
         return _eager(args, timeline)
+    if args.mesh.size > 1:
+        _refuse_ranks(args)
     lowered = _lowered(args, timeline, *observers)
     program = lowered.program
     with timeline.phase("load weights", len(program.weights)) as advance:
-        runner = ModelRunner(program, lowered.source, _device(args), advance, _graph_options(args))
+        if args.mesh.size > 1:
+            runner = _start_ranks(args, lowered, advance)
+        else:
+            runner = ModelRunner(program, lowered.source, _device(args), advance, _graph_options(args))
     return CompiledModel(args, lowered.facts, timeline, runner, program)
 
 
@@ -121,13 +148,46 @@ def _device(args: LLMArgs) -> str:
 
 
 def _target(args: LLMArgs) -> Target:
-    return Target(device=_device(args), page_size=args.kv_cache_config.page_size)
+    return Target(device=_device(args), page_size=args.kv_cache_config.page_size, mesh=args.mesh)
 
 
 def _graph_options(args: LLMArgs) -> GraphOptions:
     config = args.cuda_graphs
     largest = min(config.max_batch_size or args.max_batch_size, args.max_batch_size)
     return GraphOptions(largest if config.enabled else 0, config.ahead)
+
+
+def _refuse_ranks(args: LLMArgs) -> None:
+    """Raises ConfigError for what several ranks cannot serve."""
+    if not isinstance(args.model, str | Path):
+        raise ConfigError(
+            f"a model in memory is in this process alone, and {args.mesh.size} ranks need it. Write it with "
+            "model.save_pretrained(folder), and give the folder."
+        )
+    if args.mesh.pp > 1:
+        raise ConfigError(f"LLMArgs: pipeline_parallel_size={args.mesh.pp} is not supported yet; leave it out.")
+
+
+def _start_ranks(args: LLMArgs, lowered: Lowered, advance: Callable[[str], None]) -> DistributedRunner:
+    """Every rank with its share of the weights, this one included."""
+    if any(map(is_code, lowered.program.weights.recipes.values())):
+        raise ConfigError(
+            f"the weights of {args.model} need a conversion that is code of transformers, which cannot be sent to other ranks. "
+            "Load the model with transformers and write it anew with save_pretrained, or use one rank."
+        )
+    assert isinstance(lowered.source, CheckpointSource)  # or it would be a model in memory
+    options = RankOptions(args.mesh, _device(args), args.distributed_timeout, _graph_options(args))
+    return start_ranks([Stage(lowered.program, lowered.as_json)], lowered.source, _launch(args), options, advance)
+
+
+def _distributed_backend(args: LLMArgs) -> str:
+    return args.distributed_executor_backend or ("torchrun" if is_under_torchrun() else "mp")
+
+
+def _launch(args: LLMArgs) -> Launch:
+    if _distributed_backend(args) == "torchrun":
+        return launch_under_torchrun(args.mesh.size, args.distributed_timeout)
+    return launch_processes(args.mesh.size)
 
 
 def _calibrated(args: LLMArgs, folder: Path, timeline: Timeline) -> LLMArgs:
@@ -195,8 +255,8 @@ class CompiledModel:
         """Passes, providers, caches, weights, start-up time and the passes that are not autodeploy's own, as text."""
         from autodeploy.plugins import foreign_text
 
-        text, runner = describe(self.program, self.timeline), self.runner
-        assert isinstance(runner, ModelRunner)  # else there is no program
+        text, runner = describe(self.program, self.timeline), self._local_runner
+        assert runner is not None  # else there is no program
         sizes = f"weights as stored: {runner.stored_bytes / 1e6:.1f} MB; in memory: {runner.weight_bytes / 1e6:.1f} MB\n"
         if runner.graphs is not None:
             sizes += f"{runner.graphs.summary()}\n"
@@ -218,13 +278,14 @@ class CompiledModel:
     ) -> RequestOutput | list[RequestOutput]:
         """Token ids in, token ids out: one prompt gives one output, a list of prompts a list in the same order.
 
-        In a list a request that fails has `finish_reason` error and its `error` set; alone it raises it.
+        In a list a request that fails has `finish_reason` error and its `error` set; alone it raises it. The end of the engine is
+        always raised.
         """
         if is_single(prompts):
             return self.submit(token_ids(prompts), spread(sampling_params, 1)[0]).result()
         params = spread(sampling_params, len(prompts))
         parsed = [token_ids(prompt) for prompt in prompts]  # all, before one is queued
-        return [handle.output() for handle in [self.submit(ids, item) for ids, item in zip(parsed, params, strict=True)]]
+        return outputs_of([self.submit(ids, item) for ids, item in zip(parsed, params, strict=True)])
 
     def submit(
         self,
@@ -263,6 +324,8 @@ class CompiledModel:
             self._is_shut_down = True
         if self._executor is not None:
             self._executor.shutdown()
+        if isinstance(self.runner, DistributedRunner):
+            self.runner.shutdown()
 
     def _make_executor(self) -> ADExecutor:
         args, sizes = self.args, self._pool_sizes()
@@ -274,15 +337,25 @@ class CompiledModel:
         thresholds = self.runner.rope_thresholds
         scheduler = Scheduler(kv, args.max_batch_size, args.max_num_tokens, self.max_seq_len, self._chunks, thresholds)
         batches = BatchBuilder(kv, args.max_batch_size, args.max_num_tokens)
-        return ADExecutor(self.runner, scheduler, batches, Sampler(self.facts.vocab_size, args.seed))
+        executor = ADExecutor(self.runner, scheduler, batches, Sampler(self.facts.vocab_size, args.seed))
+        if isinstance(self.runner, DistributedRunner):
+            self.runner.ranks.tell(executor.fail)
+        return executor
+
+    @property
+    def _local_runner(self) -> ModelRunner | None:
+        """What runs the program in this process."""
+        runner = self.runner.local if isinstance(self.runner, DistributedRunner) else self.runner
+        return runner if isinstance(runner, ModelRunner) else None
 
     def _capture_ahead(self, page_size: int) -> None:
         """The CUDA graphs of all shapes, if that is asked for."""
-        graphs = self.runner.graphs if isinstance(self.runner, ModelRunner) else None
+        graphs = self._local_runner.graphs if self._local_runner is not None else None
         if graphs is not None and graphs.options.ahead:
             num_pages = -(-self.max_seq_len // page_size)
             with self.timeline.phase("capture CUDA graphs", len(graphs.shapes(num_pages))) as advance:
-                graphs.capture_all(num_pages, advance)
+                capture_all = self.runner.capture_all if isinstance(self.runner, DistributedRunner) else graphs.capture_all
+                capture_all(num_pages, advance)
 
     @property
     def _chunks(self) -> bool:
@@ -296,13 +369,21 @@ class CompiledModel:
     def _num_pages(self) -> int:
         """Usable pages of a pool that keeps every token."""
         config = self.args.kv_cache_config
-        max_bytes = config.max_bytes or int(config.free_memory_fraction * free_memory(_device(self.args)))
+        max_bytes = config.max_bytes or int(config.free_memory_fraction * self._free_memory())
         return self._pool_sizes().num_pages(config.max_tokens, max_bytes)
 
+    def _free_memory(self) -> int:
+        """Bytes that each rank may still allocate."""
+        return self.runner.free_bytes if isinstance(self.runner, DistributedRunner) else free_memory(_device(self.args))
 
-def free_memory(device: str) -> int:
-    """Bytes that can still be allocated on a device."""
-    return torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else psutil.virtual_memory().available
+
+def outputs_of(handles: Iterable[RequestHandle]) -> list[RequestOutput]:
+    """The final outputs, those that failed included. Raises EngineDeadError when it is not requests that failed."""
+    outputs = [handle.output() for handle in handles]
+    for output in outputs:
+        if isinstance(output.error, EngineDeadError):
+            raise output.error
+    return outputs
 
 
 def is_single(prompts: Any) -> bool:

@@ -11,7 +11,16 @@ from rich.console import Console
 from rich.progress import track
 from torch import nn
 
-from autodeploy._compile import CompiledModel, compile, is_single, refuse_other_models, spread, token_ids
+from autodeploy._compile import (
+    CompiledModel,
+    compile,
+    is_single,
+    outputs_of,
+    refuse_other_models,
+    serve_if_other_rank,
+    spread,
+    token_ids,
+)
 from autodeploy.checkpoint import raw_config
 from autodeploy.config import LLMArgs, SamplingParams
 from autodeploy.errors import CheckpointError, ConfigError, RequestError
@@ -28,10 +37,14 @@ class LLM:
     model: a checkpoint folder, or a Hugging Face model in memory (then `tokenizer` must be given, or `skip_tokenizer_init=True`).
     options: the fields of `LLMArgs`; the spellings `max_num_seqs`, `max_num_batched_tokens` and `max_model_len` work too.
     `backend="pytorch"` runs the eager model behind the same methods: the reference.
+
+    tensor_parallel_size: that many processes share each layer. This one is rank 0 and starts the others, unless torchrun has done
+    so: then all run the same script, and in the others this call serves and exits the process when rank 0 is done.
     """
 
     def __init__(self, model: Any, **options: Any) -> None:
         args = LLMArgs(model=model, **options)
+        serve_if_other_rank(args)
         self.tokenizer: Any = None if args.skip_tokenizer_init else tokenizer_of(args)
         if args.calibration is not None:
             options["calibration"] = [self._parse(prompt, SamplingParams())[1] for prompt in args.calibration]
@@ -67,7 +80,7 @@ class LLM:
         """Generate for one prompt (one RequestOutput) or a list of prompts (a list in the same order).
 
         A flat list of ints is one prompt. In a list, a request that fails has finish_reason error and its `error` set, and the
-        others go on; a single prompt raises. use_tqdm: a progress bar, when there is a terminal to draw it on.
+        others go on; a single prompt raises, and so does the end of the engine. use_tqdm: a progress bar, where a terminal is.
         """
         if is_single(inputs):
             return self.generate_async(inputs, spread(sampling_params, 1)[0]).result()
@@ -76,7 +89,7 @@ class LLM:
         handles = [self._submit(*each, item, streaming=False) for each, item in zip(parsed, params, strict=True)]
         console = Console(stderr=True)
         waited = track(handles, "generating", console=console, disable=not (use_tqdm and console.is_terminal), transient=True)
-        return [handle.output() for handle in waited]
+        return outputs_of(waited)
 
     def generate_async(
         self, inputs: Prompt, sampling_params: SamplingParams | None = None, streaming: bool = False

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal, Self, cast, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from autodeploy.errors import ConfigError, did_you_mean
+from autodeploy.specs import Mesh
 
 _DTYPES = ("auto", "float16", "bfloat16", "float32", "float64")
 _DTYPE_ALIASES = {
@@ -331,11 +332,8 @@ class LLMArgs(_Options):
         "async_scheduling torch_compile_config compilation_config logits_processors "
         "batched_logits_processor speculative_config guided_decoding_backend structured_outputs_config enable_lora "
         "lora_config peft_cache_config cache_transceiver_config kv_transfer_config orchestrator_type "
-        "distributed_executor_backend enable_iter_perf_stats return_perf_metrics generation_config",
+        "enable_iter_perf_stats return_perf_metrics generation_config",
         load_format=("auto",),
-        tensor_parallel_size=(1,),
-        pipeline_parallel_size=(1,),
-        moe_expert_parallel_size=(1,),
         tokenizer_mode=("auto",),
         context_parallel_size=(1,),
         decode_context_parallel_size=(1,),
@@ -381,7 +379,13 @@ class LLMArgs(_Options):
     tensor_parallel_size: int = Field(default=1, ge=1, description="the number of ranks that share each layer")
     pipeline_parallel_size: int = Field(default=1, ge=1, description="the number of ranks that layers are divided over")
     moe_expert_parallel_size: int | None = Field(
-        default=None, ge=1, description="the number of ranks that experts are divided over"
+        default=None, ge=1, description="the number of groups of these ranks that experts are dealt out to; None is 1"
+    )
+    distributed_executor_backend: Literal["mp", "ray", "torchrun"] | None = Field(
+        default=None, description="who starts the ranks: mp (this process), torchrun or ray; None finds out"
+    )
+    distributed_timeout: float = Field(
+        default=60.0, gt=0.0, allow_inf_nan=False, description="the seconds after which a step of several ranks counts as hung"
     )
     max_seq_len: int | None = Field(
         default=None, ge=1, description="the most tokens of one request, prompt and output; None is the model's"
@@ -465,9 +469,27 @@ class LLMArgs(_Options):
                 f"max_batch_size={self.max_batch_size} exceeds max_num_tokens={self.max_num_tokens}, but each running request "
                 "needs one token per step; raise max_num_tokens or lower max_batch_size"
             )
+        self._check_mesh()
         if self.enforce_eager and self.cuda_graph_config.ahead:
             raise ValueError("enforce_eager=True captures no CUDA graphs, but cuda_graph_config asks for them; leave one out")
         return self
+
+    def _check_mesh(self) -> None:
+        mesh = self.mesh
+        if mesh.tp % mesh.ep:
+            raise ValueError(
+                f"moe_expert_parallel_size={mesh.ep} does not divide tensor_parallel_size={mesh.tp}, whose ranks the experts are "
+                "dealt out to; choose a divisor"
+            )
+        if mesh.size > 1 and self.backend == "pytorch":
+            raise ValueError("backend='pytorch' runs in one process; leave the parallel sizes out, or use backend='autodeploy'")
+        if mesh.size > 1 and ":" in self.device:
+            raise ValueError(f"{mesh.size} ranks have a GPU each; give device='cuda' without a number")
+
+    @property
+    def mesh(self) -> Mesh:
+        """The ranks. As in TensorRT-LLM, the experts are dealt out among the ranks of a layer, not to further ones."""
+        return Mesh(self.tensor_parallel_size, self.moe_expert_parallel_size or 1, self.pipeline_parallel_size)
 
     @property
     def cuda_graphs(self) -> CudaGraphConfig:

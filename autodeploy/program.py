@@ -156,6 +156,11 @@ class Program:
 
     def save(self, folder: Path) -> None:
         """Write program.json: ops, arguments, shapes, recipes, specs. No weights. The same program gives the same bytes."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / FILE_NAME).write_text(self.as_json())
+
+    def as_json(self) -> str:
+        """What `save` writes."""
         names = {size.node.expr: name for name, size in symbols(self).items()}
         data = {
             "version": FORMAT_VERSION,
@@ -170,8 +175,7 @@ class Program:
             "twin": asdict(self.twin) if self.twin else None,
             "nodes": [encode_node(node, names) for node in self.graph.graph.nodes],
         }
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / FILE_NAME).write_text(json.dumps(data, indent=1))
+        return json.dumps(data, indent=1)
 
     @classmethod
     def load(cls, folder: Path) -> Program:

@@ -37,6 +37,12 @@ class Lowered:
     program: Program
     source: TensorSource
     facts: ModelFacts
+    text: bytes = b""
+    """The program as it is stored, where it was read; `as_json` needs values that such a program has not got."""
+
+    @property
+    def as_json(self) -> bytes:
+        return self.text or self.program.as_json().encode()
 
 
 @dataclass(frozen=True)
@@ -63,12 +69,12 @@ class Place:
         except Exception as error:  # whatever it is, the program can be built again
             raise self.store.damaged(self.facts, f"{type(error).__name__}: {error}") from error
         self.source.initial = initial
-        return Lowered(program, self.source, facts)
+        return Lowered(program, self.source, facts, files[PROGRAM])
 
     def keep(self, lowered: Lowered, initial: Mapping[str, Tensor]) -> str:
         """Store a program; empty, or why it is not stored. initial: the values of at least the leaves that it reads."""
         recipes = lowered.program.weights.recipes.values()
-        if any(_converts(recipe) for recipe in recipes):
+        if any(map(is_code, recipes)):
             return "its weights need a conversion that is code of transformers"
         read = {leaf.name for recipe in recipes for leaf in recipe.leaves() if isinstance(leaf, Initial)}
         values = {name: initial[name].detach().clone().contiguous() for name in sorted(read)}
@@ -114,5 +120,6 @@ def place_of(args: LLMArgs, target: Target, passes: Iterable[Any] | None, *, is_
         return str(error)
 
 
-def _converts(recipe: Recipe) -> bool:
-    return isinstance(recipe, Convert) or any(map(_converts, recipe.sources))
+def is_code(recipe: Recipe) -> bool:
+    """Whether a recipe has a step that is code of transformers, and so cannot be written down."""
+    return isinstance(recipe, Convert) or any(map(is_code, recipe.sources))

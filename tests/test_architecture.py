@@ -5,6 +5,7 @@ deleted or emptied unnoticed.
 """
 
 import ast
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
@@ -204,6 +205,16 @@ def loads_no_code(module: Module) -> list[str]:
     return mentions(module, *CODE_LOADERS)
 
 
+def sends_no_objects(module: Module) -> list[str]:
+    """torch's collectives of objects pickle them, and between ranks so would multiprocessing."""
+    names = [
+        (node.lineno, getattr(node, "attr", getattr(node, "id", ""))) for node in ast.walk(module.tree) if hasattr(node, "lineno")
+    ]
+    names += [(i.line, i.target.rpartition(".")[2]) for i in module.imports]
+    picklers = mentions(module, "multiprocessing", "torch.multiprocessing") if module.part in ("distributed", "executor") else []
+    return picklers + [f"line {line}: {name}" for line, name in names if re.search(r"_object(_list)?$", name)]
+
+
 def has_short_functions(module: Module) -> list[str]:
     functions = (node for node in ast.walk(module.tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
     lengths = {f"{node.name}, line {node.lineno}": (node.end_lineno or 0) - node.lineno + 1 for node in functions}
@@ -217,6 +228,7 @@ RULES: list[Callable[[Module], list[str]]] = [
     executor_knows_no_transform,
     ops_know_no_graph,
     loads_no_code,
+    sends_no_objects,
     has_short_functions,
 ]
 
@@ -284,6 +296,10 @@ BREAKS = [
     (loads_no_code, "distributed.launch", LATE.format("import cloudpickle")),
     (loads_no_code, "weights", "import torch\nx = torch.load('x')"),
     (loads_no_code, "weights", "from torch import load"),
+    (sends_no_objects, "distributed.launch", "import multiprocessing"),
+    (sends_no_objects, "distributed.launch", "from torch.multiprocessing import spawn"),
+    (sends_no_objects, "distributed.groups", "import torch.distributed as dist\ndist.broadcast_object_list([1])"),
+    (sends_no_objects, "executor.worker", "from torch.distributed import all_gather_object"),
     (has_short_functions, "report.text", LONG),
     (has_short_functions, "report.text", "class A:\n    async " + LONG.replace("\n", "\n    ")),
 ]

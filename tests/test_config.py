@@ -184,7 +184,7 @@ def test_max_batch_size_follows_a_small_token_budget() -> None:
         ({"gpu_memory_utilization": 0.9}, ["kv_cache_config={'free_memory_fraction': ...}"]),
         ({"block_size": 16}, ["kv_cache_config={'page_size': ...}"]),
         ({"load_format": "dummy"}, ["load_format='dummy' is not supported yet"]),
-        ({"tensor_parallel_size": 2}, ["tensor_parallel_size=2 is not supported yet"]),
+        ({"context_parallel_size": 2}, ["context_parallel_size=2 is not supported yet"]),
         ({"quantization": "fp9"}, ["scheme='fp9' is refused", "Did you mean 'fp8'"]),
         ({"cuda_graph_config": {"max_batchsize": 8}}, ["CudaGraphConfig has no option 'max_batchsize'", "'max_batch_size'"]),
         ({"cuda_graph_config": {"max_batch_size": 0}}, ["CudaGraphConfig: max_batch_size=0", "requests of a captured step"]),

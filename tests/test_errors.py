@@ -267,7 +267,10 @@ def test_attention_that_looks_ahead_is_refused_with_its_class_and_line() -> None
     [
         ({"max_batchsize": 4}, words("LLMArgs has no option 'max_batchsize'", "Did you mean 'max_batch_size'")),
         ({"gpu_memory_utilization": 0.9}, words("no option 'gpu_memory_utilization'", "Use kv_cache_config")),
-        ({"tensor_parallel_size": 2}, words("tensor_parallel_size=2 is not supported yet", "leave 'tensor_parallel_size' out")),
+        (
+            {"context_parallel_size": 2},
+            words("context_parallel_size=2 is not supported yet", "leave 'context_parallel_size' out"),
+        ),
         ({"quantization": "int5"}, words("scheme='int5' is refused", "Did you mean 'int8'")),
         ({"dtype": "float31"}, words("dtype='float31' is refused", "none of", "Did you mean 'float")),
         ({"trust_remote_code": True}, words("trust_remote_code=True is refused", "never run", "use a model whose code")),

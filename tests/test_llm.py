@@ -434,8 +434,8 @@ def test_an_unknown_option_is_refused_before_anything_is_loaded() -> None:
 
 
 def test_an_option_of_later_is_refused_before_anything_is_loaded() -> None:
-    with pytest.raises(ConfigError, match=r"tensor_parallel_size=2 is not supported yet; leave"):
-        LLM("no such folder", tensor_parallel_size=2)
+    with pytest.raises(ConfigError, match=r"context_parallel_size=2 is not supported yet; leave"):
+        LLM("no such folder", context_parallel_size=2)
 
 
 # Logits and dtypes

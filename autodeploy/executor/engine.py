@@ -22,6 +22,9 @@ from autodeploy.executor.request import FinishReason, Request
 from autodeploy.executor.sampler import Sampler
 from autodeploy.executor.scheduler import ScheduledBatch, Scheduler
 
+PATIENCE = 3.0
+"""Seconds that the loop has to end by itself when the runner is dead."""
+
 
 class ADExecutor:
     """Continuous batching: each step computes some tokens of many requests.
@@ -64,7 +67,20 @@ class ADExecutor:
             self._closing = True
             self._wakeup.notify_all()
         if threading.current_thread() is not self._thread:
-            self._thread.join()
+            self._thread.join(None if self._death is None else PATIENCE)
+
+    def fail(self, error: EngineDeadError) -> None:
+        """End all requests with this error: the runner cannot go on, and may never come back to the loop."""
+        with self._wakeup:
+            self._death = self._death or error
+            self._closing = True
+            self._wakeup.notify_all()
+        self._thread.join(PATIENCE)
+        if self._thread.is_alive():
+            self._run_commands()
+            for handle in list(self._handles.values()):  # the loop's own tables stay as they are
+                handle.request.finish(FinishReason.ERROR, error=error)
+                handle.publish()
 
     def _send(self, command: Callable[[], None]) -> None:
         with self._wakeup:
@@ -80,14 +96,17 @@ class ADExecutor:
             while self._wait_for_work():
                 if self._commands:
                     self._end_run()
-                while self._commands:
-                    self._commands.popleft()()
+                self._run_commands()
                 if self.scheduler.has_work:
                     self.step()
         except BaseException as error:  # a defect of ours: nobody may be left waiting
-            self._death = error
+            self._death = self._death or error
         finally:
             self._end_all()
+
+    def _run_commands(self) -> None:
+        while self._commands:
+            self._commands.popleft()()
 
     def _wait_for_work(self) -> bool:
         with self._wakeup:
@@ -104,6 +123,8 @@ class ADExecutor:
         metadata, rows = self.batches.build(batch)
         try:
             logits = self.runner.forward(metadata, rows)
+        except EngineDeadError:
+            raise
         except Exception as error:
             self._isolate(batch, error)
             return
@@ -141,6 +162,8 @@ class ADExecutor:
         self.num_steps += 1
         try:
             logits = self.runner.forward(metadata, run.rows)
+        except EngineDeadError:
+            raise
         except Exception as error:
             self._end_run()
             self._isolate(self.scheduler.schedule(), error)
@@ -217,10 +240,9 @@ class ADExecutor:
         self._end_run()
         with self._wakeup:
             self._closing = True
-            while self._commands:
-                self._commands.popleft()()
-        error: Any = None
-        if self._death is not None:
+            self._run_commands()
+        error: Any = self._death
+        if error is not None and not isinstance(error, EngineDeadError):
             error = EngineDeadError(f"the engine died: {type(self._death).__name__}: {self._death}")
             error.__cause__ = self._death
         for handle in list(self._handles.values()):

@@ -1,0 +1,144 @@
+"""Several ranks, each a process of its own, serve one model."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import psutil
+import pytest
+import torch
+
+import autodeploy
+from autodeploy import LLM, CompiledModel, ConfigError, EngineDeadError, SamplingParams
+from autodeploy.config import LLMArgs
+from autodeploy.executor import distributed_runner
+from autodeploy.executor.distributed_runner import DistributedRunner
+from autodeploy.program_cache import Lowered
+from autodeploy.recipes import Convert
+from tests.models.families import make_model
+
+PROMPTS = [[5, 6, 7, 8, 9], [11, 12], [13], list(range(20, 60))]
+PARAMS = SamplingParams(max_tokens=24, ignore_eos=True)
+
+
+def tokens(compiled: CompiledModel) -> list[list[int]]:
+    try:
+        return [output.outputs[0].token_ids for output in compiled.generate(PROMPTS, PARAMS)]
+    finally:
+        compiled.shutdown()
+
+
+def start(folder: Path, cache: Path, ranks: int = 2, **options: Any) -> CompiledModel:
+    return autodeploy.compile(folder, program_cache=cache, tensor_parallel_size=ranks, max_seq_len=128, **options)
+
+
+@pytest.fixture(scope="module")
+def expected(folder: Path, cache: Path) -> list[list[int]]:
+    return tokens(start(folder, cache, 1))
+
+
+@pytest.fixture
+def no_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes started from here find a package of that name that cannot be imported."""
+    (tmp_path / "transformers").mkdir()
+    (tmp_path / "transformers" / "__init__.py").write_text("raise ImportError('no rank may import this')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "transformers" in sys.modules
+
+
+@pytest.mark.usefixtures("no_transformers")
+def test_two_ranks_give_the_tokens_of_one_and_need_no_transformers(folder: Path, cache: Path, expected: list[list[int]]) -> None:
+    before, threads, shared = set(psutil.Process().children()), torch.get_num_threads(), set(os.listdir("/dev/shm"))
+    compiled = start(folder, cache)
+    assert isinstance(compiled.runner, DistributedRunner)
+    (worker,) = set(psutil.Process().children()) - before
+    assert not [connection for connection in worker.net_connections() if not is_local(connection)]
+    assert "weights as stored" in compiled.report()
+    with pytest.raises(ConfigError, match="already belongs to a process group"):
+        start(folder, cache)
+    assert tokens(compiled) == expected  # and shuts down
+    compiled.shutdown()  # no harm
+    assert not worker.is_running()
+    assert torch.get_num_threads() == threads
+    assert set(os.listdir("/dev/shm")) <= shared
+
+
+def is_local(connection: Any) -> bool:
+    return all(address.ip in ("127.0.0.1", "::1") for address in (connection.laddr, connection.raddr) if address)
+
+
+def test_a_program_of_the_cache_is_sent_as_it_is_stored(folder: Path, cache: Path, expected: list[list[int]]) -> None:
+    compiled = start(folder, cache)
+    assert compiled.timeline.notes["program cache"] == "hit"
+    assert tokens(compiled) == expected
+
+
+def test_a_rank_with_another_program_is_refused(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed_runner, "digest_of", lambda text: "0" * 64)
+    with pytest.raises(EngineDeadError, match="rank 1 failed: ProgramFileError: the program is not the one of rank 0"):
+        start(folder, cache)
+    assert not torch.distributed.is_initialized()
+
+
+def test_a_rank_that_cannot_read_the_weights_is_named(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = distributed_runner._start_of
+
+    def elsewhere(*given: Any) -> Any:
+        return msgspec.structs.replace(made(*given), folder="/no/such/folder")
+
+    monkeypatch.setattr(distributed_runner, "_start_of", elsewhere)
+    with pytest.raises(EngineDeadError, match="rank 1 failed: CheckpointError: /no/such/folder"):
+        start(folder, cache)
+
+
+# What is refused
+
+
+def test_a_model_in_memory_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"2 ranks need it. Write it with model.save_pretrained\(folder\)"):
+        autodeploy.compile(make_model("llama"), tensor_parallel_size=2)
+
+
+def test_recipes_that_are_code_are_refused(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def with_code(*given: Any) -> Lowered:
+        lowered = lower(*given)
+        name = next(iter(lowered.program.weights))
+        lowered.program.weights = lowered.program.weights.with_recipes({name: Convert((), lambda tensors: {}, "f")})
+        return lowered
+
+    lower = autodeploy._compile._lowered
+    monkeypatch.setattr(autodeploy._compile, "_lowered", with_code)
+    with pytest.raises(ConfigError, match="conversion that is code of transformers"):
+        start(folder, cache)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tensor_parallel_size": 4, "moe_expert_parallel_size": 3}, "moe_expert_parallel_size=3 does not divide"),
+        ({"moe_expert_parallel_size": 2}, "choose a divisor"),
+        ({"tensor_parallel_size": 2, "backend": "pytorch"}, "backend='pytorch' runs in one process"),
+        ({"tensor_parallel_size": 2, "device": "cuda:1"}, "device='cuda' without a number"),
+        ({"distributed_executor_backend": "mpi"}, "who starts the ranks"),
+        ({"distributed_timeout": 0}, "counts as hung"),
+    ],
+)
+def test_options_that_do_not_fit(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        LLMArgs(model="x", **options)
+
+
+def test_the_mesh_of_options() -> None:
+    args = LLMArgs(model="x", tensor_parallel_size=4, moe_expert_parallel_size=2, pipeline_parallel_size=2)
+    assert (args.mesh.tp, args.mesh.ep, args.mesh.pp, args.mesh.size) == (4, 2, 2, 8)
+
+
+def test_torchrun_is_not_there(folder: Path, cache: Path) -> None:
+    with pytest.raises(ConfigError, match="needs RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT in the environment"):
+        LLM(
+            folder, tensor_parallel_size=2, distributed_executor_backend="torchrun", skip_tokenizer_init=True, program_cache=cache
+        )
