@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from autodeploy import custom_ops as ops
 from autodeploy.program import NodeRecord, Program, Snapshot, op_name
 from autodeploy.recipes import Numbers, Ranges, Reshape, Shard
-from autodeploy.transforms.layouts import WHOLE, Layout, Site, Unshardable, layout_of_recipe
+from autodeploy.transforms.layouts import WHOLE, Layout, Site, Unshardable, layout_of_recipe, plain
 from autodeploy.transforms.ranges import Unaligned, ranges_of
 from autodeploy.transforms.rewrite import arguments, val
 from autodeploy.transforms.shard import first_numbers, num_ranks
@@ -112,7 +112,7 @@ class _Check:
         layouts = self._read(whole, given)
         value = self._value
         site = Site(record.target, whole, record.meta["val"], layouts, value, self.num_ranks, node.meta.get("wanted"))
-        out = rule.forward(site)
+        out = plain(rule.forward(site), site.out)
         if rule.target(site) is not node.target:
             raise Unshardable(f"with these parts ranks must call {op_name(rule.target(site))}")
         expected = {**whole, **rule.local(site, out)}

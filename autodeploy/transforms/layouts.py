@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,23 @@ from torch import Tensor, fx
 
 from autodeploy.recipes import Ranges, Recipe, Shard
 from autodeploy.transforms.ranges import local_size
+
+MANY_TOKENS = 1_000_003
+"""Stands for T where sizes are multiplied: no size of a model has this factor."""
+
+
+def as_number(size: Any) -> int:
+    """A size with `MANY_TOKENS` in place of every symbol."""
+    if not isinstance(size, torch.SymInt):
+        return int(size)
+    expression = size.node.expr
+    return int(expression.subs(dict.fromkeys(expression.free_symbols, MANY_TOKENS)))
+
+
+def extent(size: Any) -> int:
+    """Of a dim of c * T, what there is of each token: ranks share c."""
+    number = as_number(size)
+    return number // MANY_TOKENS if number % MANY_TOKENS == 0 else number
 
 
 class Unshardable(Exception):
@@ -46,7 +63,9 @@ class Layout:
 
     def local_shape(self, shape: tuple[Any, ...]) -> tuple[Any, ...]:
         """Of what each rank has of a value of that shape."""
-        return tuple(local_size(self.dims[dim]) if dim in self.dims else size for dim, size in enumerate(shape))
+        return tuple(
+            size // extent(size) * local_size(self.dims[dim]) if dim in self.dims else size for dim, size in enumerate(shape)
+        )
 
     def recipe(self, whole: Recipe, rank: int) -> Recipe:
         """Of a parameter with this layout, given that of the whole. rank: number of its dims."""
@@ -62,6 +81,19 @@ class Layout:
 
 
 WHOLE, TERM = Layout(), Layout(is_term=True)
+
+
+def without_whole(dims: Mapping[int, Ranges], shape: Sequence[Any]) -> dict[int, Ranges]:
+    """The dims of which some rank does not have all."""
+    return {dim: ranges for dim, ranges in dims.items() if any(own != ((0, extent(shape[dim])),) for own in ranges)}
+
+
+def plain(layout: Any, value: Any) -> Any:
+    """A layout, or a list of them for a list of values, that names no dims of which every rank has all."""
+    if isinstance(layout, list):
+        return [plain(each, part) for each, part in zip(layout, value, strict=True)]
+    dims = without_whole(layout.dims, value.shape) if layout.dims else layout.dims
+    return layout if len(dims) == len(layout.dims) else layout.moved(dims)
 
 
 def shown(ranges: Ranges) -> str:
@@ -91,7 +123,7 @@ class Demand:
 
     @classmethod
     def all_of(cls, node: fx.Node, dim: int, ranges: Ranges) -> Demand:
-        return cls(node, dim, ranges, 0, int(node.meta["val"].shape[dim]))
+        return cls(node, dim, ranges, 0, extent(node.meta["val"].shape[dim]))
 
 
 @dataclass(frozen=True)

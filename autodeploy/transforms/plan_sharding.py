@@ -13,7 +13,7 @@ from autodeploy import custom_ops as ops
 from autodeploy.program import Program
 from autodeploy.recipes import Ranges
 from autodeploy.specs import Mesh
-from autodeploy.transforms.layouts import WHOLE, Demand, Layout, Site, Unshardable
+from autodeploy.transforms.layouts import WHOLE, Demand, Layout, Site, Unshardable, extent, plain, without_whole
 from autodeploy.transforms.ranges import Unaligned, clipped, even, followed_by, is_partition, shifted
 from autodeploy.transforms.rewrite import arguments, aten, val
 from autodeploy.transforms.shard_plan import ShardPlan
@@ -64,11 +64,11 @@ class Planner:
         return list(self.program.graph.graph.nodes)
 
     def plan(self, refused: Mapping[str, str]) -> ShardPlan:
-        self._share_vocabulary()
         self._share_experts()
         for linear, columns, owners in self._closing_linears():
             self._close(linear, columns, owners)
         self._follow_back()
+        self._share_vocabulary()
         return Derivation(self).run(refused)
 
     # What is dealt out
@@ -77,10 +77,10 @@ class Planner:
         """Rows of the embedding table, and of the linear that makes the logits."""
         head = _head(self.program)
         tables = [node for node in self.nodes if node.target is aten.embedding.default and _reads_ids(node)]
-        for node in [*tables, *([] if head is None else [head])]:
+        for node in [*([] if head is None else [head]), *tables]:
             given = arguments(node)
             weight, bias = given["weight"], given.get("bias")
-            if node in self.refused or not _is_parameter(weight):
+            if node in self.refused or not _is_parameter(weight) or (str(weight.target) in self.parameters and node is not head):
                 continue
             rows = even(val(weight).shape[0], self.mesh.tp)
             self._assign(weight, Layout({0: rows}), frozenset({node}))
@@ -93,11 +93,11 @@ class Planner:
             if node.target is not ops.moe.overload or node in self.refused:
                 continue
             site = self.site(node, {})
-            name = str(site.args["down"].target)
-            experts, columns = rule.parts(site, self.mesh.ep, self._unit(name))
+            experts, columns = rule.parts(site, self.mesh.ep, self._unit(site.args["down"]))
             for argument, layout in rule.layouts(site, experts, columns).items():
-                if argument != "expert_index" and isinstance(site.args[argument], fx.Node):
-                    self._assign(site.args[argument], layout, frozenset({node}))
+                if isinstance(source := site.args[argument], fx.Node):
+                    for dim, ranges in layout.dims.items():
+                        self._ask(Demand.all_of(source, dim, ranges), frozenset({node}))
 
     def _assign(self, parameter: fx.Node, layout: Layout, owners: Owners) -> None:
         name = str(parameter.target)
@@ -108,9 +108,9 @@ class Planner:
         if known.dims != layout.dims:
             raise _Conflict(parameter, f"ranks would have {known} of it here and {layout} there", self.owners[name])
 
-    def _unit(self, name: str) -> int:
+    def _unit(self, weight: fx.Node) -> int:
         """Columns of a weight that are only to be had together."""
-        form = self.program.weights.format_of(name)
+        form = self.program.weights.format_of(str(weight.target)) if _is_parameter(weight) else None
         return 1 if form is None else max(form.block[1], 1)
 
     # Linears whose columns are dealt out
@@ -146,8 +146,8 @@ class Planner:
                 and node not in self.refused
                 and _ends(node, spine)
             ):
-                columns, name = _inputs(node)
-                yield node, even(columns, self.mesh.tp, self._unit(name)), frozenset({node})
+                columns, weight = _inputs(node)
+                yield node, even(columns, self.mesh.tp, self._unit(weight)), frozenset({node})
 
     def _carried(self, node: fx.Node, flowing: Mapping[fx.Node, Any]) -> Mapping[int, Ranges] | None:
         """What ranks have of a call's result, if whatever else it reads is shared accordingly; None when that is not known."""
@@ -194,6 +194,8 @@ class Planner:
             owners = self.owners[node]
             try:
                 dims = self._asked(node)
+                if not dims:
+                    continue
                 if node in self.wanted:
                     if dims != self.wanted[node].dims:
                         raise Unaligned("ranks would have parts of heads")
@@ -216,7 +218,7 @@ class Planner:
             pieces = {(demand.start, demand.stop): demand.ranges for demand in self.demands[node] if demand.dim == dim}
             if any(pieces[d.start, d.stop] != d.ranges for d in self.demands[node] if d.dim == dim):
                 raise Unaligned("its readers need different parts of it")
-            size = int(val(node).shape[dim])
+            size = extent(val(node).shape[dim])
             whole = pieces.pop((0, size), None)
             joined, offset = None, 0
             for (start, stop), ranges in [*sorted(pieces.items()), ((size, size), None)] if pieces else []:
@@ -231,7 +233,7 @@ class Planner:
             if whole is not None and any(clipped(whole, *bounds)[0] != ranges for bounds, ranges in pieces.items()):
                 raise Unaligned("its readers need different parts of it")
             dims[dim] = whole or joined  # pyright: ignore[reportArgumentType]
-        return dims
+        return without_whole(dims, val(node).shape)
 
     def site(self, node: fx.Node, layouts: Mapping[fx.Node, Any]) -> Site:
         return Site(node.target, arguments(node), val(node), layouts, val, self.mesh.tp, self.wanted.get(node))
@@ -277,7 +279,7 @@ class Derivation:
             self._deal_out_inputs(node, rule, layouts)
         while True:
             try:
-                self.layouts[node] = rule.forward(self.planner.site(node, layouts))
+                self.layouts[node] = plain(rule.forward(self.planner.site(node, layouts)), val(node))
                 return
             except Unaligned as error:
                 raise self._conflict(node, error) from error
@@ -342,12 +344,12 @@ def spine_of(program: Program) -> set[fx.Node]:
     return spine | {tables[0]}
 
 
-def _inputs(linear: fx.Node) -> tuple[int, str]:
-    """How many numbers a linear reads, and its weight's name."""
+def _inputs(linear: fx.Node) -> tuple[int, fx.Node]:
+    """How many numbers a linear reads, and its weight."""
     rule = rule_of(linear.target)
     assert isinstance(rule, Linear)
     weight = rule.parts(arguments(linear))[1]
-    return val(weight).shape[rule.inputs], str(weight.target)
+    return val(weight).shape[rule.inputs], weight
 
 
 def _ends(linear: fx.Node, spine: set[fx.Node]) -> bool:

@@ -11,13 +11,11 @@ import torch
 from torch import fx
 
 from autodeploy.recipes import Ranges
-from autodeploy.transforms.layouts import WHOLE, Demand, Layout, Site, Unshardable
+from autodeploy.transforms.layouts import MANY_TOKENS, WHOLE, Demand, Layout, Site, Unshardable, as_number, extent
 from autodeploy.transforms.ranges import Unaligned, clipped, followed_by, local_size, merged, shifted, unmerged
 from autodeploy.transforms.rewrite import arguments, aten, named_op, val
 
 Dims = Mapping[int, Ranges]
-MANY_TOKENS = 1_000_003
-"""Stands for T where sizes are multiplied: no size of a model has this factor."""
 
 
 class Rule:
@@ -77,7 +75,7 @@ class Permuted(DimMap):
 
 
 class Resized(DimMap):
-    """unsqueeze, squeeze, select: one dim more, or dims less."""
+    """unsqueeze, squeeze, select, complex numbers as pairs: one dim more, or dims less."""
 
     def sources(self, site: Site) -> Sequence[int | None]:
         shape, dim = site.shape(site.first), site.args.get("dim")
@@ -86,6 +84,10 @@ class Resized(DimMap):
         if site.target is aten.unsqueeze.default:
             at = positive(site.args["dim"], rank + 1)
             return [*kept[:at], None, *kept[at:]]
+        if site.target is aten.view_as_real.default:
+            return [*kept, None]
+        if site.target is aten.view_as_complex.default:
+            return kept[:-1]
         if site.target is aten.select.int:
             return [at for at in kept if at != positive(site.args["dim"], rank)]
         listed = kept if dim is None else dim if isinstance(dim, list | tuple) else [dim]
@@ -116,6 +118,8 @@ def _local_sizes(site: Site, name: str, out: Layout, first: int) -> dict[str, An
     sizes = list(site.args[name])
     for dim, ranges in out.dims.items():
         if 0 <= dim - first < len(sizes) and sizes[dim - first] != -1:
+            if not isinstance(site.out.shape[dim], int):
+                raise Unshardable("it computes a size with the number of tokens in the row")
             sizes[dim - first] = local_size(ranges)
     return {name: sizes} if sizes != list(site.args[name]) else {}
 
@@ -185,24 +189,20 @@ def regrouped(dims: Dims, before: tuple[Any, ...], after: tuple[Any, ...]) -> di
         held = [dim for dim in mine if dim in dims]
         if not held:
             continue
-        sizes, others = [a[dim] for dim in mine], [b[dim] for dim in theirs]
-        if len(held) > 1 or (max(len(_counting(sizes)), len(_counting(others))) > 1 and any(s % MANY_TOKENS == 0 for s in sizes)):
-            raise Unaligned("a dim that ranks share is merged with another one of theirs, or with tokens")
+        sizes, others = _of_one_token([a[dim] for dim in mine]), _of_one_token([b[dim] for dim in theirs])
+        if len(held) > 1:
+            raise Unaligned("two dims that ranks share are merged")
         at, ranges = unmerged(merged(dims[held[0]], sizes, mine.index(held[0])), others)
         found[theirs[at]] = ranges
     return found
 
 
-def _counting(sizes: Sequence[int]) -> list[int]:
-    return [size for size in sizes if size != 1]
-
-
-def as_number(size: Any) -> int:
-    """A size with `MANY_TOKENS` in place of every symbol."""
-    if not isinstance(size, torch.SymInt):
-        return int(size)
-    expression = size.node.expr
-    return int(expression.subs(dict.fromkeys(expression.free_symbols, MANY_TOKENS)))
+def _of_one_token(sizes: list[int]) -> list[int]:
+    """Sizes of dims that are merged, of which the outermost may count tokens too. Raises Unaligned where an inner one does."""
+    first = next((at for at, size in enumerate(sizes) if size != 1), 0)
+    if any(size % MANY_TOKENS == 0 for size in sizes[first + 1 :]):
+        raise Unaligned("a dim that ranks share is merged with tokens")
+    return [extent(size) for size in sizes]
 
 
 def _groups(a: Sequence[int], b: Sequence[int]) -> Iterator[tuple[list[int], list[int]]]:
@@ -226,39 +226,34 @@ def _groups(a: Sequence[int], b: Sequence[int]) -> Iterator[tuple[list[int], lis
 class Sliced(Rule):
     """Elements [start, stop) of one dim."""
 
-    def bounds(self, site: Site) -> tuple[int, int, int]:
-        shape = site.shape(site.first)
-        dim = positive(site.args["dim"], len(shape))
-        size, start, end = as_number(shape[dim]), site.args["start"] or 0, site.args["end"]
+    def dim(self, site: Site) -> int:
+        return positive(site.args["dim"], len(site.shape(site.first)))
+
+    def bounds(self, site: Site) -> tuple[int, int]:
+        size, start, end = extent(site.shape(site.first)[self.dim(site)]), site.args["start"] or 0, site.args["end"]
+        if site.args["step"] != 1 or isinstance(start, fx.Node) or isinstance(end, fx.Node):
+            raise Unshardable("what it takes of a dim that ranks share is no fixed range", site.first)
         start = start + size if start < 0 else start
-        end = size if end is None else end + size if end < 0 else min(end, size)
-        return dim, start, end
+        return start, size if end is None else end + size if end < 0 else min(end, size)
 
     def forward(self, site: Site) -> Layout:
-        layout = site.layout(site.first)
-        dim, start, stop = self.bounds(site) if layout.dims else (0, 0, 0)
+        layout, dim = site.layout(site.first), self.dim(site)
         if dim not in layout.dims:
             return layout
-        if site.args["step"] != 1:
-            raise Unshardable(f"it takes every {site.args['step']}th element of a dim that ranks share", site.first)
-        return layout.moved({**layout.dims, dim: clipped(layout.dims[dim], start, stop)[0]})
+        return layout.moved({**layout.dims, dim: clipped(layout.dims[dim], *self.bounds(site))[0]})
 
     def backward(self, site: Site, out: Dims) -> Iterator[Demand]:
-        dim, start, stop = self.bounds(site)
         for at, ranges in out.items():
-            if at != dim:
-                yield Demand.all_of(site.first, at, ranges)
-            elif site.args["step"] == 1:
-                yield Demand(site.first, dim, ranges, start, stop)
+            if at == self.dim(site):
+                yield Demand(site.first, at, ranges, *self.bounds(site))
             else:
-                raise Unshardable(f"it takes every {site.args['step']}th element of a dim that ranks share", site.first)
+                yield Demand.all_of(site.first, at, ranges)
 
     def local(self, site: Site, out: Layout) -> dict[str, Any]:
-        dim, start, stop = self.bounds(site)
-        held = site.layout(site.first).dims.get(dim)
+        held = site.layout(site.first).dims.get(self.dim(site))
         if held is None:
             return {}
-        _, first, last = clipped(held, start, stop)
+        _, first, last = clipped(held, *self.bounds(site))
         return {"start": first, "end": last}
 
 
@@ -291,7 +286,8 @@ class Split(Rule):
         dim = positive(site.args["dim"], len(site.shape(site.first)))
         if dim not in site.layout(site.first).dims:
             return {}
-        sizes = [local_size(part.dims[dim]) for part in out]
+        both = zip(out, site.out, strict=True)
+        sizes = [local_size(part.dims[dim]) if dim in part.dims else value.shape[dim] for part, value in both]
         if "split_sizes" in site.args:
             return {"split_sizes": sizes}
         if len(set(sizes)) > 1:
@@ -352,6 +348,25 @@ class Joined(Rule):
             start = start + size if dim in out else 0
 
 
+class Stacked(Rule):
+    """stack: parts of one shape along a new dim."""
+
+    def forward(self, site: Site) -> Layout:
+        parts, dim = site.args["tensors"], positive(site.args["dim"], site.out.dim())
+        first = site.layout(parts[0])
+        if any(site.layout(part) != first for part in parts):
+            raise Unshardable("it joins what ranks share with what they do not", parts[0])
+        return first.moved({at + (at >= dim): ranges for at, ranges in first.dims.items()})
+
+    def backward(self, site: Site, out: Dims) -> Iterator[Demand]:
+        dim = positive(site.args["dim"], site.out.dim())
+        for part in site.args["tensors"]:
+            for at, ranges in out.items():
+                if at == dim:
+                    raise Unshardable("it makes a dim that ranks share")
+                yield Demand.all_of(part, at - (at > dim), ranges)
+
+
 class Selected(Rule):
     """index_select: rows by their numbers."""
 
@@ -370,13 +385,14 @@ class Selected(Rule):
 SPLITS = {named_op(name) for name in ["split.Tensor", "split_with_sizes", "chunk", "unbind.int"]}
 _NAMES: dict[type[Rule], str] = {
     Permuted: "permute transpose.int t movedim.int numpy_T swapaxes",
-    Resized: "unsqueeze squeeze squeeze.dim squeeze.dims select.int",
+    Resized: "unsqueeze squeeze squeeze.dim squeeze.dims select.int view_as_real view_as_complex",
     Expanded: "expand broadcast_to",
     Created: "new_empty new_zeros new_ones new_full zeros ones full empty.memory_format",
     Scattered: "slice_scatter",
     Reshaped: "view reshape view_as reshape_as _unsafe_view flatten.using_ints unflatten.int",
     Sliced: "slice.Tensor",
     Joined: "cat concat",
+    Stacked: "stack",
     Selected: "index_select",
 }
 MOVES: dict[Any, Rule] = {named_op(name): kind() for kind, names in _NAMES.items() for name in names.split()}

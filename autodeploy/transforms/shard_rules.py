@@ -289,6 +289,8 @@ class Headed(Rule):
                 site.whole(node)
         for node, dim, each in known:
             held = site.layout(node).dims.get(dim)
+            if heads is not None and held is None and each > 1:
+                held = (((0, site.shape(node)[dim]),),) * site.num_ranks
             if (held is None) != (heads is None) or (heads is not None and held is not None and not _serve(heads, held, each)):
                 raise Unshardable(f"ranks have other heads of {node.name} than of the rest", node)
         return WHOLE if heads is None else Layout({self.out: heads})
