@@ -319,6 +319,9 @@ def plan(
     dtype: Dtype = "auto",
     quantization: Annotated[str | None, typer.Option(help="A scheme to quantize to: int8, w8a8, int4, fp8, ...")] = None,
     kv_cache: Annotated[str | None, typer.Option(help="An element type of the KV cache: int8 or fp8.")] = None,
+    plugins: Plugins = None,
+    pipeline_file: PipelineFile = None,
+    settings: Settings = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="A file for the plan; - prints it.")] = None,
 ) -> None:
     """What a layout of ranks takes and how fast it can be at most, from config.json alone, without a GPU."""
@@ -333,7 +336,7 @@ def plan(
     folder = Path(model).parent if Path(model).name == "config.json" else Path(model)
     sizes: dict[str, Any] = {"max_num_tokens": max_num_tokens, "max_batch_size": min(steps[-1], max_num_tokens)}
     rounding: dict[str, Any] = {"quantization": quantization, "kv_cache_config": {"dtype": kv_cache or "auto"}}
-    args = LLMArgs(model=folder, device="cuda", dtype=dtype, **sizes, **rounding)
+    args = LLMArgs(model=folder, device="cuda", dtype=dtype, **sizes, **rounding, **_passes(plugins, pipeline_file, settings))
     lowered = lower_for(args, mesh, Timeline())
     found = plan_program(lowered.program, args, device, mesh, context or min(8192, lowered.facts.max_seq_len), steps)
     refuse_what_does_not_fit(found)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +12,9 @@ from torch import fx
 from typer.testing import CliRunner
 
 import autodeploy
-from autodeploy import SamplingParams, Transform
-from autodeploy import custom_ops as ops
+from autodeploy import SamplingParams, default_pipeline
 from autodeploy._compile import trace
+from autodeploy._lower import lower
 from autodeploy.cli import app
 from autodeploy.config import LLMArgs
 from autodeploy.errors import ConfigError
@@ -22,11 +22,12 @@ from autodeploy.executor.model_runner import ModelRunner
 from autodeploy.plan.devices import COLLECTIVE_SECONDS, DEVICES, device_named
 from autodeploy.plan.estimate import collective_seconds
 from autodeploy.plan.plan import Plan, lower_for, plan_program, refuse_what_does_not_fit
+from autodeploy.plan.weights import stored_bytes
 from autodeploy.plan.work import Step
 from autodeploy.plan.workspace import workspace_bytes
 from autodeploy.report.timeline import Timeline
-from autodeploy.specs import Mesh
-from autodeploy.transforms.rewrite import calls, insert_call
+from autodeploy.shards import plan_of_rank
+from autodeploy.specs import Mesh, Target
 from benchmarks.meta_compile import make_config
 from tests.models.families import make_model
 
@@ -129,47 +130,58 @@ def test_what_queries_see(window: int, tokens: int, context: int) -> None:
     assert Step(1, tokens, context).seen(window) == (len(set.union(*visible)), sum(map(len, visible)))
 
 
-class Dealt(Transform):
-    """What sharding does to a program, as far as a plan counts it: a sum after each layer of experts, whose index is local."""
-
-    name: ClassVar[str] = "dealt"
-
-    def apply(self, program: Any, target: Any) -> int:
-        made: list[Any] = calls(program, ops.moe)
-        made = [node for node in made if node.args[1].target is not ops.local_index.overload]
-        for node in made:
-            first = insert_call(program, node, torch.ops.aten.full.default, [], 0, dtype=torch.int64)
-            node.update_arg(1, insert_call(program, node, ops.local_index, node.args[1], first, 8))
-            summed = insert_call(program, node.next, ops.all_reduce, node)
-            node.replace_all_uses_with(summed, delete_user_cb=lambda user, summed=summed: user is not summed)
-        return len(made)
-
-
-def dealt(pipeline: Any) -> Any:
-    return pipeline.insert_before("select_kernels", Dealt())
-
-
-def test_experts_that_are_dealt_out(tmp_path: Path) -> None:
+def test_ranks_of_a_model_with_experts(tmp_path: Path) -> None:
     config = make_model("qwen3_moe").config
-    folder, experts, chosen = written(config, tmp_path), config.num_experts, config.num_experts_per_tok
-    whole, mesh = plan_of(folder), Mesh(tp=4, ep=4)
-    assert not whole.collectives
-    plan = plan_of(folder, mesh, pipeline=dealt)
-    each = {group.name.rpartition(".")[2]: group.num_bytes for group in whole.groups if group.readers == "moe"}
-    assert len(each) == 2
-    num_bytes = sum(each.values())
-    by_hand = [num_bytes * (1 - (1 - chosen / experts) ** count) for count in (1, 8)]
-    assert whole.decode[1].read_bytes - whole.decode[0].read_bytes - 7 * (
-        128 * whole.cache_bytes_per_token + 2 * config.hidden_size
-    ) == (pytest.approx(by_hand[1] - by_hand[0]))
-    a_token = num_bytes / experts * chosen  # two operations for each number of two bytes
-    assert whole.decode[0].flop["bfloat16"] - plan.decode[0].flop["bfloat16"] == pytest.approx(a_token * (1 - 1 / mesh.ep))
-    assert [(each.op, each.count, each.num_bytes) for each in plan.collectives] == [
-        ("all_reduce", config.num_hidden_layers, 2 * config.hidden_size)
-    ]
-    seconds = config.num_hidden_layers * collective_seconds("all_reduce", 8 * 2 * config.hidden_size, 4, H200)
-    assert plan.decode[1].collective_seconds == pytest.approx(seconds)
-    assert plan.notes == ("no pass divided this program: each of the 4 ranks holds all of it",)
+    folder, mesh = written(config, tmp_path), Mesh(tp=2, ep=2)
+    experts, chosen, width, num_layers = (
+        config.num_experts,
+        config.num_experts_per_tok,
+        config.hidden_size,
+        config.num_hidden_layers,
+    )
+    whole, rank = plan_of(folder), plan_of(folder, mesh)
+    whole_experts, rank_experts = (
+        sum(group.num_bytes for group in plan.groups if group.readers == "moe") for plan in (whole, rank)
+    )
+    assert whole_experts == 2 * rank_experts > 0
+    assert whole.cache_bytes_per_token == 2 * rank.cache_bytes_per_token
+    cuts = {group.name.rpartition("*.")[2]: group.cut for group in rank.groups}
+    assert cuts["mlp.experts.down_proj"] == "matrices / 2" and cuts["self_attn.o_proj.weight"] == "columns / 2"
+    assert cuts["mlp.gate.weight"] == "" and cuts["lm_head.weight"] == "rows / 2"
+
+    for plan, num_bytes in ((whole, whole_experts), (rank, rank_experts)):
+        few, some = (num_bytes * (1 - (1 - chosen / experts) ** count) for count in (1, 8))
+        others = 7 * (128 * plan.cache_bytes_per_token + 2 * width)  # caches of 7 more requests, rows of the embedding table
+        assert plan.decode[1].read_bytes - plan.decode[0].read_bytes == pytest.approx(some - few + others)
+    routers = 2 * num_layers * width * experts  # every rank has them
+    assert 2 * rank.decode[0].flop["bfloat16"] == whole.decode[0].flop["bfloat16"] + routers
+    sums, gathers = 2 * num_layers + 1, 1
+    assert {(each.op, each.count, each.num_bytes) for each in rank.collectives} == {
+        ("all_reduce", sums, 2 * width),
+        ("all_gather", gathers, 2 * config.vocab_size),
+    }
+    parts = (("all_reduce", sums, width), ("all_gather", gathers, config.vocab_size))
+    seconds = sum(count * collective_seconds(op, 8 * 2 * size, 2, H200) for op, count, size in parts)
+    assert rank.decode[1].collective_seconds == pytest.approx(seconds)
+    assert not whole.collectives and not rank.notes
+
+
+def test_ranks_that_nothing_divides_are_noted(tmp_path: Path) -> None:
+    folder = written(make_model("llama").config, tmp_path)
+    plan = plan_of(folder, Mesh(tp=2), pipeline=lambda pipeline: pipeline.without("shard"))
+    assert plan.notes == ("no pass divided this program: each of the 2 ranks holds all of it",)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "gpt_oss"])
+def test_bytes_are_those_of_each_of_two_ranks(family: str) -> None:
+    model, target = make_model(family), Target("cpu", mesh=Mesh(tp=2))
+    args = LLMArgs(model=model)
+    lowered, _ = lower(args, default_pipeline(target), target, Timeline(show=False))
+    program, planned = lowered.program, sum(stored_bytes(lowered.program).values())
+    shared = program.weights
+    for rank in range(2):
+        program.weights = plan_of_rank(shared, rank, lowered.source.fetch)
+        assert planned == pytest.approx(ModelRunner(program, lowered.source, "cpu").weight_bytes, rel=0.03)
 
 
 def test_seconds_of_collectives() -> None:

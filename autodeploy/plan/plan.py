@@ -25,6 +25,8 @@ from autodeploy.report.timeline import Timeline
 from autodeploy.specs import Mesh, Target, bytes_per_request, bytes_per_token
 
 HALF = ("bfloat16", "float16")
+MACHINE = 8
+"""GPUs that reach each other by the links of the table."""
 MANY_TOKENS = 1 << 32
 """More than any cache holds."""
 
@@ -160,6 +162,8 @@ def _notes(program: Program, args: LLMArgs, mesh: Mesh) -> list[str]:
     found = []
     if mesh.tp > 1 and not any(group.cut for group in groups(program)):
         found.append(f"no pass divided this program: each of the {mesh.tp} ranks holds all of it")
+    if mesh.tp > MACHINE:
+        found.append(f"a machine has {MACHINE} of these GPUs; that links between machines are slower is not in the bounds")
     if (settings := raw_config(Path(args.model)).get("quantization_config")) and args.quantization is None:
         method = settings.get("quant_method")
         found.append(f"config.json says that the weights are stored as {method}; counted is the dense model. Try --quantization")

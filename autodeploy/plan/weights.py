@@ -89,7 +89,7 @@ def _cut(recipe: Recipe, num_dims: int) -> str:
     """In words: what each rank has a part of."""
     parts = dict[str, int]()
     for each in _shards(recipe):
-        parts["numbers" if num_dims == 1 else DIMS.get(each.dim, f"dim {each.dim}")] = len(set(each.ranges))
+        parts["numbers" if num_dims <= 1 else DIMS.get(each.dim, f"dim {each.dim}")] = len(set(each.ranges))
     return ", ".join(f"{what} / {count}" for what, count in sorted(parts.items()) if count > 1)
 
 
