@@ -10,7 +10,7 @@ from autodeploy.errors import ConfigError, did_you_mean
 GIGA, TERA = 10**9, 10**12
 COLLECTIVE_SECONDS = 3.6e-6
 """What every collective takes, however little it sends. This and the seconds of a step are those that NCCL reckons with for its
-ring in the low-latency protocol (src/graph/tuning.cc of NCCL 2.12)."""
+ring in the low-latency protocol (its src/graph/tuning.cc at commit 01afd20)."""
 
 
 @dataclass(frozen=True)

@@ -87,10 +87,12 @@ DIMS = {-1: "columns", -2: "rows", -3: "matrices"}
 
 def _cut(recipe: Recipe, num_dims: int) -> str:
     """In words: what each rank has a part of."""
-    parts = dict[str, int]()
+    parts = defaultdict[str, set[int]](set)
     for each in _shards(recipe):
-        parts["numbers" if num_dims <= 1 else DIMS.get(each.dim, f"dim {each.dim}")] = len(set(each.ranges))
-    return ", ".join(f"{what} / {count}" for what, count in sorted(parts.items()) if count > 1)
+        parts["numbers" if num_dims <= 1 else DIMS.get(each.dim, f"dim {each.dim}")].add(len(set(each.ranges)))
+    return ", ".join(
+        f"{what} / {' and '.join(map(str, sorted(counts - {1})))}" for what, counts in sorted(parts.items()) if counts != {1}
+    )
 
 
 def _shards(recipe: Recipe) -> Iterator[Shard]:
