@@ -103,11 +103,8 @@ class CheckpointSource:
     def fetch(self, leaf: Leaf) -> Tensor:
         if isinstance(leaf, Initial):
             return self.initial[leaf.name]
-        file = self._files[self._file_of[leaf.name]]
-        if not isinstance(leaf, Part):
-            return file.get_tensor(leaf.name)
-        bounds = {dim: slice(start, stop) for dim, start, stop in leaf.bounds}
-        return file.get_slice(leaf.name)[tuple(bounds.get(dim, slice(None)) for dim in range(max(bounds) + 1))]
+        tensor = self._files[self._file_of[leaf.name]].get_tensor(leaf.name)
+        return leaf.of(tensor) if isinstance(leaf, Part) else tensor
 
 
 def has_weights(folder: Path) -> bool:

@@ -146,7 +146,7 @@ def skip(node: fx.Node) -> None:
 def _reduce_again(program: Program) -> None:
     node = of_layer(program, 1, ops.all_reduce)
     with program.graph.graph.inserting_after(node):
-        again = program.graph.graph.call_function(node.target, (node,))
+        again = program.graph.graph.call_function(ops.all_reduce.overload, (node,))
     again.meta = dict(node.meta)
     node.replace_all_uses_with(again, delete_user_cb=lambda user: user is not again)
 
