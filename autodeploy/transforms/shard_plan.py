@@ -24,6 +24,7 @@ class Share:
     kind: str
     """column, row (of linears, by what is dealt out: results or inputs), vocabulary, expert, part (others), or replicate."""
     layout: Layout
+    is_linear: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,9 @@ class ShardPlan:
         shares = {name: _share(kinds.get(name, "part"), parameters.get(name, Layout())) for name in program.weights}
         return cls(mesh, shares, values, reduced, gathered, refused)
 
-    def kind(self, name: str) -> str:
-        return self.parameters[name].kind
+    def linears(self) -> dict[str, str]:
+        """The weight of each linear -> how ranks share it."""
+        return {name: share.kind for name, share in self.parameters.items() if share.is_linear}
 
     def __str__(self) -> str:
         """One line for all layers whose parameters are shared in the same way."""
@@ -82,10 +84,52 @@ class ShardPlan:
         }
 
 
+HINTS = {
+    "colwise": "column",
+    "colwise_rep": "column",
+    "colwise_gather_output": "column",
+    "packed_colwise": "column",
+    "rowwise": "row",
+    "rowwise_rep": "row",
+    "rowwise_split_input": "row",
+    "packed_rowwise": "row",
+    "embedding_rowwise": "vocabulary",
+    "embedding_colwise": "column",
+    "replicated_with_grad_allreduce": "replicate",
+    "mla_kv_a_proj": "replicate",
+    "replicate": "replicate",
+}
+"""Styles of transformers' own plans, as far as they are about one matrix -> kinds."""
+
+
+def disagreements(plan: ShardPlan, hints: Mapping[str, str] | None) -> list[str]:
+    """Where the plan differs from transformers' own for the same model, each kind of module once.
+
+    hints: pattern of module names (* for a number) -> style. What they do not name has no opinion on it.
+    """
+    found = dict[str, None]()
+    for name, share in plan.parameters.items():
+        pattern = re.sub(r"\.\d+(?=\.|$)", ".*", name.removesuffix(".weight"))
+        told = next((HINTS.get(style) for hint, style in (hints or {}).items() if pattern in (hint, f"model.{hint}")), None)
+        if told is not None and told != _comparable(share):
+            found[f"{pattern}: {share.kind} here, {told} there"] = None
+    return list(found)
+
+
+def _comparable(share: Share) -> str:
+    """The kind of a part of experts or of vectors, by what is dealt out."""
+    if share.kind in ("expert", "part"):
+        return "column" if share.layout.dims else "replicate"
+    return "column" if share.kind == "vocabulary" and share.is_linear else share.kind
+
+
 def _share(kind: str, layout: Layout) -> Share:
+    is_linear = kind in ("linear", "transposed")
     if not layout.dims:
-        return Share("replicate", layout)
-    return Share(("column" if 0 in layout.dims else "row") if kind == "linear" else kind, layout)
+        return Share("replicate", layout, is_linear)
+    if not is_linear:
+        return Share(kind, layout)
+    return Share("column" if (0 in layout.dims) == (kind == "linear") else "row", layout, True)
 
 
 def _kinds(program: Program) -> dict[str, str]:
@@ -97,6 +141,8 @@ def _kinds(program: Program) -> dict[str, str]:
                 _note(found, node, "vocabulary", "weight")
             case aten.linear.default:
                 _note(found, node, "linear", "weight")
+            case aten.addmm.default:
+                _note(found, node, "transposed", "mat2")
             case ops.moe.overload:
                 _note(found, node, "expert", "gate_up", "down", "gate_up_bias", "down_bias")
     return found
