@@ -15,6 +15,7 @@ import torch
 import autodeploy
 from autodeploy import LLM, CompiledModel, ConfigError, EngineDeadError, SamplingParams
 from autodeploy.config import LLMArgs
+from autodeploy.distributed.messages import Array, Forward
 from autodeploy.executor import distributed_runner
 from autodeploy.executor.distributed_runner import DistributedRunner
 from autodeploy.program_cache import Lowered
@@ -142,3 +143,34 @@ def test_torchrun_is_not_there(folder: Path, cache: Path) -> None:
         LLM(
             folder, tensor_parallel_size=2, distributed_executor_backend="torchrun", skip_tokenizer_init=True, program_cache=cache
         )
+
+
+# What is the end of all ranks
+
+
+def test_a_forward_that_raises_is_the_end_for_every_request(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*given: Any) -> Any:
+        raise ZeroDivisionError("no logits")
+
+    compiled = start(folder, cache)
+    assert isinstance(compiled.runner, DistributedRunner)
+    monkeypatch.setattr(compiled.runner.local, "forward", fail)
+    handles = [compiled.submit(prompt, PARAMS) for prompt in PROMPTS]
+    for handle in handles:
+        with pytest.raises(EngineDeadError, match="rank 0 failed: ZeroDivisionError: no logits"):
+            handle.result(10)
+    with pytest.raises(EngineDeadError):
+        compiled.submit(PROMPTS[0], PARAMS)
+    compiled.shutdown()
+
+
+def test_a_rank_that_fails_while_nobody_asks_is_the_end_too(folder: Path, cache: Path) -> None:
+    compiled = start(folder, cache)
+    assert isinstance(compiled.runner, DistributedRunner)
+    compiled.generate(PROMPTS, PARAMS)
+    compiled.runner.ranks.send(Forward({"input_ids": Array("O", (1,), b"12345678")}))
+    compiled.executor._thread.join(10)
+    with pytest.raises(EngineDeadError, match="the engine has ended") as caught:
+        compiled.generate(PROMPTS, PARAMS)
+    assert "rank 1 failed: ValueError: an input of dtype O" in str(caught.value.__cause__)
+    compiled.shutdown()
