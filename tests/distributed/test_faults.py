@@ -15,7 +15,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.distributed.serve_under_load import NUM_REQUESTS
+import autodeploy
+from tests.distributed.serve_under_load import NUM_REQUESTS, OPTIONS
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT = 3.0
@@ -47,6 +48,12 @@ def wait_until(condition: Callable[[], bool], seconds: float) -> None:
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.02)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _stored_program(folder: Path, cache: Path) -> None:
+    """Processes find it, and need not import transformers."""
+    autodeploy.compile(folder, program_cache=cache, **OPTIONS).shutdown()
 
 
 @pytest.fixture
