@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 from autodeploy.distributed.channel import Channel
 from autodeploy.distributed.messages import Failed, Message, Ready, Shutdown, encode
@@ -30,6 +31,13 @@ SHORT = 0.3
 """Seconds: for stacks to be written, and for the cause of a failure to show itself beside what follows from it."""
 
 
+def is_stopped(process: int) -> bool:
+    """By SIGSTOP, not by a debugger."""
+    with suppress(OSError):
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    return False
+
+
 @dataclass
 class Peer:
     """Another rank. kill: ends it, whatever it does; nothing happens when it has ended."""
@@ -40,6 +48,8 @@ class Peer:
     process: subprocess.Popen[bytes] | None = None
     """One of this machine that this process has started."""
     is_gone: bool = False
+    stopped: float = 0.0
+    """Seconds for which it has been stopped."""
 
     def fate(self) -> str:
         """What became of it, where that is known."""
@@ -200,8 +210,7 @@ class Ranks:
                         selector.unregister(key.fileobj)
                 if self._texts and not self._is_closing:
                     self.die(self._reason())
-                if self._stopwatch.look() > self.timeout:
-                    self.die(f"a step took longer than {self.timeout:g} s (distributed_timeout), so a rank hangs", hangs=True)
+                self._find_hanging()
 
     def _listen(self, peer: Peer) -> None:
         try:
@@ -219,6 +228,15 @@ class Ranks:
             with self._changed:
                 self.ready[peer.rank] = message
                 self._changed.notify_all()
+
+    def _find_hanging(self) -> None:
+        why = f"longer than {self.timeout:g} s (distributed_timeout)"
+        for peer in self.peers:
+            peer.stopped = peer.stopped + TICK if peer.process is not None and is_stopped(peer.process.pid) else 0.0
+            if peer.stopped > self.timeout:
+                self.die(f"rank {peer.rank} has been stopped for {why}", hangs=True)
+        if self._stopwatch.look() > self.timeout:
+            self.die(f"a step took {why}, so a rank hangs", hangs=True)
 
     def _reason(self) -> str:
         """A rank that was killed is why others fail, and may be known a moment later."""

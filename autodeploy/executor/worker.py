@@ -27,7 +27,7 @@ from autodeploy.distributed.channel import Channel
 from autodeploy.distributed.groups import join, leave
 from autodeploy.distributed.launch import Place, local_device
 from autodeploy.distributed.messages import Allocate, Capture, Failed, Forward, Ready, Shutdown, Start, digest_of, mesh_of
-from autodeploy.distributed.ranks import Stopwatch
+from autodeploy.distributed.ranks import Stopwatch, is_stopped
 from autodeploy.errors import ProgramFileError
 from autodeploy.executor.cuda_graphs import GraphOptions
 from autodeploy.executor.distributed_runner import load_rank, share_cores
@@ -142,23 +142,16 @@ class Watch:
         while not self._is_over:
             if poll.poll(TICK * 1000) and not self._is_over:
                 os._exit(1)
-            stopped = stopped + 1 if _is_stopped(self._parent) else 0
+            stopped = stopped + 1 if is_stopped(self._parent) else 0
             if max(self._step.look(), stopped * TICK) > self.timeout:
                 self._end_hanging()
 
     def _end_hanging(self) -> None:
         faulthandler.dump_traceback(file=2)
-        if _is_stopped(self._parent):
+        if is_stopped(self._parent):
             with suppress(ProcessLookupError):
                 os.kill(self._parent, signal.SIGKILL)
         os._exit(1)
-
-
-def _is_stopped(process: int) -> bool:
-    """By SIGSTOP, not by a debugger."""
-    with suppress(OSError):
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "T"
-    return False
 
 
 if __name__ == "__main__":

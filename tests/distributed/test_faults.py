@@ -101,7 +101,7 @@ def test_a_killed_rank_0_leaves_no_rank_behind(load: Load) -> None:
 def test_a_stopped_rank_is_hung_and_all_stacks_are_written(load: Load) -> None:
     since = load.hit("worker", signal.SIGSTOP)
     output, errors = load.end(since, TIMEOUT + 10)
-    assert_all_failed(output, since, "a step took longer than 3 s (distributed_timeout), so a rank hangs", TIMEOUT + 5)
+    assert_all_failed(output, since, "longer than 3 s (distributed_timeout)", TIMEOUT + 5)
     assert "most recent call first" in errors and "distributed_runner.py" in errors
 
 

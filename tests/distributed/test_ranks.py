@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
+import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -174,3 +177,60 @@ def test_a_rank_that_fails_while_nobody_asks_is_the_end_too(folder: Path, cache:
         compiled.generate(PROMPTS, PARAMS)
     assert "rank 1 failed: ValueError: an input of dtype O" in str(caught.value.__cause__)
     compiled.shutdown()
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_stopped_while_nobody_asks_is_the_end_too(folder: Path, cache: Path) -> None:
+    before = set(psutil.Process().children())
+    compiled = start(folder, cache, distributed_timeout=1)
+    (worker,) = set(psutil.Process().children()) - before
+    loop = compiled.executor._thread
+    worker.suspend()
+    loop.join(10)
+    assert not loop.is_alive()
+    with pytest.raises(EngineDeadError) as caught:
+        compiled.generate(PROMPTS, PARAMS)
+    assert "rank 1 has been stopped for longer than 1 s" in str(caught.value.__cause__)
+    compiled.shutdown()
+    assert not worker.is_running()
+
+
+# Memory
+
+
+def anonymous_bytes(process: psutil.Process) -> int:
+    with suppress(OSError, StopIteration):
+        lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith("RssAnon")).split()[1])
+    return 0
+
+
+@pytest.mark.slow
+def test_a_rank_takes_little_more_than_its_weights_and_caches(tmp_path: Path) -> None:
+    """Weights are read and laid out one parameter at a time; what a rank needs besides is what it has after its imports."""
+    sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8, "vocab_size": 8000}
+    make_model("llama", **sizes, num_attention_heads=16, num_key_value_heads=16).save_pretrained(tmp_path)
+    code = "import autodeploy.executor.worker, sys; print(flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as imported:
+        assert imported.stdout is not None
+        imported.stdout.readline()
+        floor = anonymous_bytes(psutil.Process(imported.pid))
+        imported.communicate()
+    peaks, is_over = dict[psutil.Process, int](), threading.Event()
+
+    def look() -> None:
+        while not is_over.wait(0.004):
+            for process in psutil.Process().children():
+                peaks[process] = max(peaks.get(process, 0), anonymous_bytes(process))
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    compiled = start(tmp_path, tmp_path / "cache", kv_cache_config={"max_tokens": 2048})
+    assert isinstance(compiled.runner, DistributedRunner)
+    compiled.generate([[5 + i] * 100 for i in range(20)], SamplingParams(max_tokens=8, ignore_eos=True))
+    own = compiled.runner.ranks.ready[1].weight_bytes + compiled._pool_sizes().num_bytes(compiled._num_pages())
+    compiled.shutdown()
+    is_over.set()
+    looking.join()
+    assert own > 400e6
+    assert max(peaks.values()) - floor <= 1.25 * own
