@@ -307,6 +307,51 @@ def inspect(
 
 
 @app.command()
+def plan(
+    model: Annotated[str, typer.Argument(help="A folder with config.json, or that file; no weights are needed.")],
+    gpu: Annotated[str, typer.Option(help="h100, h200, b200, a100-80gb, l40s, l4 or rtx4090.")] = "h200",
+    tp: Annotated[int, typer.Option(help="Ranks that share every layer.", min=1)] = 1,
+    ep: Annotated[int, typer.Option(help="Groups of these ranks that experts are dealt out to.", min=1)] = 1,
+    pp: Annotated[int, typer.Option(help="Stages of layers.", min=1)] = 1,
+    context: Annotated[int | None, typer.Option(help="Tokens of a request; absent, 8,192 or the model's most.", min=1)] = None,
+    requests: Annotated[list[int] | None, typer.Option(help="Requests of a decode step; absent, 1, 8 and 64.", min=1)] = None,
+    max_num_tokens: Annotated[int, typer.Option(help="The most tokens computed in one step.", min=1)] = 2048,
+    dtype: Dtype = "auto",
+    quantization: Annotated[str | None, typer.Option(help="A scheme to quantize to: int8, w8a8, int4, fp8, ...")] = None,
+    kv_cache: Annotated[str | None, typer.Option(help="An element type of the KV cache: int8 or fp8.")] = None,
+    plugins: Plugins = None,
+    pipeline_file: PipelineFile = None,
+    settings: Settings = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="A file for the plan; - prints it.")] = None,
+) -> None:
+    """What a layout of ranks takes and how fast it can be at most, from config.json alone, without a GPU."""
+    from autodeploy.config import LLMArgs
+    from autodeploy.plan import tables
+    from autodeploy.plan.devices import device_named
+    from autodeploy.plan.plan import lower_for, plan_program, refuse_what_does_not_fit
+    from autodeploy.report.timeline import Timeline
+    from autodeploy.specs import Mesh
+
+    device, mesh, steps = device_named(gpu), Mesh(tp, ep, pp), sorted(set(requests or (1, 8, 64)))
+    folder = Path(model).parent if Path(model).name == "config.json" else Path(model)
+    sizes: dict[str, Any] = {"max_num_tokens": max_num_tokens, "max_batch_size": min(steps[-1], max_num_tokens)}
+    rounding: dict[str, Any] = {"quantization": quantization, "kv_cache_config": {"dtype": kv_cache or "auto"}}
+    args = LLMArgs(model=folder, device="cuda", dtype=dtype, **sizes, **rounding, **_passes(plugins, pipeline_file, settings))
+    lowered = lower_for(args, mesh, Timeline())
+    found = plan_program(lowered.program, args, device, mesh, context or min(8192, lowered.facts.max_seq_len), steps)
+    refuse_what_does_not_fit(found)
+    if json_file == Path("-"):
+        print(tables.as_json(found), end="")
+        return
+    if json_file is not None:
+        json_file.write_text(tables.as_json(found), encoding="utf-8")
+    for table in (tables.weight_table(found), tables.memory_table(found), tables.step_table(found)):
+        out.print(table)
+    for line in (tables.collective_text(found), *found.notes):
+        out.print(Text(line))
+
+
+@app.command()
 def report(
     model: Model,
     output: Annotated[Path, typer.Option("--output", "-o", help="The file to write.")] = Path("report.html"),

@@ -13,7 +13,21 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from autodeploy.custom_ops import PROVIDED, SEMANTIC_OPS
 from autodeploy.formats import Format
-from autodeploy.recipes import Cast, Cat, Dequantize, Initial, Permute, Quantize, Recipe, Reshape, Shard, Slice, Stack, Take
+from autodeploy.recipes import (
+    Cast,
+    Cat,
+    Dequantize,
+    Initial,
+    Numbers,
+    Permute,
+    Quantize,
+    Recipe,
+    Reshape,
+    Shard,
+    Slice,
+    Stack,
+    Take,
+)
 from autodeploy.specs import InputSpec
 
 TORCH_CONSTANTS = (torch.dtype, torch.memory_format, torch.layout)
@@ -113,8 +127,10 @@ def encode_recipe(recipe: Recipe) -> dict[str, Any]:
             return {"reshape": encode_recipe(source), "shape": shape}
         case Slice(source, dim, start, stop):
             return {"slice": encode_recipe(source), "dim": dim, "start": start, "stop": stop}
-        case Shard(source, dim, ranges, size):
-            return {"shard": encode_recipe(source), "dim": dim, "ranges": ranges, "size": size}
+        case Numbers(values):
+            return {"numbers": values}
+        case Shard(source, dim, ranges):
+            return {"shard": encode_recipe(source), "dim": dim, "ranges": ranges}
         case Quantize(source, form):
             return {"quantize": encode_recipe(source), "format": asdict(form)}
         case Dequantize(parts, form, shape):
@@ -140,9 +156,10 @@ def decode_recipe(data: Mapping[str, Any]) -> Recipe:
             return Reshape(decode_recipe(source), tuple(shape))
         case {"slice": source, "dim": dim, "start": start, "stop": stop}:
             return Slice(decode_recipe(source), dim, start, stop)
-        case {"shard": source, "dim": dim, "ranges": ranges, "size": size}:
-            own = tuple(tuple((start, stop) for start, stop in each) for each in ranges)
-            return Shard(decode_recipe(source), dim, own, size)
+        case {"numbers": values}:
+            return Numbers(tuple(values))
+        case {"shard": source, "dim": dim, "ranges": ranges}:
+            return Shard(decode_recipe(source), dim, tuple(tuple((start, stop) for start, stop in own) for own in ranges))
         case {"dequantize": parts, "format": form, "shape": shape}:
             return Dequantize(tuple(decode_recipe(part) for part in parts), decode_format(form), tuple(shape))
         case {"quantize": source, "format": form}:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -13,6 +13,8 @@ from autodeploy.errors import CheckpointError
 from autodeploy.formats import Format, Integers
 
 T = TypeVar("T")
+Ranges = tuple[tuple[tuple[int, int], ...], ...]
+"""Of each rank, the (start, stop) that it has of a dim, in the order in which they lie there; (-n, 0) stands for n zeros."""
 
 
 @dataclass(frozen=True)
@@ -144,20 +146,31 @@ class Pad(Unary):
 
 @dataclass(frozen=True)
 class Shard(Unary):
-    """What one of several ranks has of a dim: ranges of it one after the other, then zeros up to a size.
+    """What one of several ranks has of a dim: ranges of it, one after the other.
 
     All ranks have the same recipe; `autodeploy.shards` makes of it what one of them reads.
     """
 
     dim: int
     """Counted from the last one (-1)."""
-    ranges: tuple[tuple[tuple[int, int], ...], ...]
-    """Of each rank, the (start, stop) that it has."""
-    size: int
+    ranges: Ranges
 
     def __str__(self) -> str:
-        shown = "|".join("+".join(f"{start}:{stop}" for start, stop in own) or "0" for own in self.ranges[:4])
+        shown = "|".join("+".join(f"{start}:{stop}" for start, stop in own) for own in self.ranges[:4])
         return f"shard({self.source}, dim={self.dim}, {shown}{'|...' if len(self.ranges) > 4 else ''})"
+
+
+@dataclass(frozen=True)
+class Numbers(Recipe):
+    """Whole numbers that are known beforehand."""
+
+    values: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return str(list(self.values))
+
+    def apply(self, *tensors: Tensor) -> Tensor:
+        return torch.tensor(self.values)
 
 
 @dataclass(frozen=True)
@@ -300,9 +313,9 @@ def format_of(recipe: Recipe, stored: Mapping[str, Format]) -> Format | None:
             return recipe.format
         case Cast(source):
             return format_of(source, stored)
-        case Shard(source, dim, ranges, size):
+        case Shard(source, dim, ranges):
             form = format_of(source, stored)
-            return form if form is None or dim < -1 or _keeps_groups(form, ranges, size) else None
+            return form if form is None or dim < -1 or _keeps_groups(form, ranges) else None
         case Join(parts) if _joins_rows(recipe):
             formats = {format_of(part, stored) for part in parts}
             return formats.pop() if len(formats) == 1 else None
@@ -310,11 +323,10 @@ def format_of(recipe: Recipe, stored: Mapping[str, Format]) -> Format | None:
             return None
 
 
-def _keeps_groups(form: Format, ranges: Sequence[tuple[tuple[int, int], ...]], size: int) -> bool:
-    """Whether every rank has whole groups of columns, and no others."""
+def _keeps_groups(form: Format, ranges: Ranges) -> bool:
+    """Whether every rank has whole groups of columns, and nothing else."""
     bounds = [bound for own in ranges for pair in own for bound in pair]
-    is_full = all(sum(stop - start for start, stop in own) == size for own in ranges)
-    return is_full and not any(bound % max(form.block[1], 1) for bound in bounds)
+    return min(bounds) >= 0 and not any(bound % max(form.block[1], 1) for bound in bounds)
 
 
 def _joins_rows(recipe: Join) -> bool:

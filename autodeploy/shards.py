@@ -32,8 +32,8 @@ def plan_of_rank(plan: WeightPlan, rank: int, describe: Fetch) -> WeightPlan:
 def of_rank(recipe: Recipe, rank: int, describe: Fetch) -> Recipe:
     """The recipe with each `Shard` replaced by what the rank has; of tensors that can be read in part, only that is read."""
     match recipe:
-        case Shard(source, dim, ranges, size):
-            return _cut(of_rank(source, rank, describe), dim, ranges[rank], size, describe)
+        case Shard(source, dim, ranges):
+            return _cut(of_rank(source, rank, describe), dim, ranges[rank], describe)
         case Unary(source):
             return replace(recipe, source=of_rank(source, rank, describe))
         case Join(parts):
@@ -42,16 +42,23 @@ def of_rank(recipe: Recipe, rank: int, describe: Fetch) -> Recipe:
             return recipe
 
 
-def _cut(recipe: Recipe, dim: int, ranges: tuple[tuple[int, int], ...], size: int, describe: Fetch) -> Recipe:
+def _cut(recipe: Recipe, dim: int, ranges: tuple[tuple[int, int], ...], describe: Fetch) -> Recipe:
+    """Ranges of a dim, one after the other."""
     shape = shape_of(recipe, describe).shape
     dim %= len(shape)
     if ranges == ((0, shape[dim]),):
         return recipe
-    parts = [narrowed(recipe, dim, start, stop, describe) for start, stop in ranges] or [
-        Slice(narrowed(recipe, dim, 0, 1, describe), dim, 0, 0)
-    ]
-    whole = parts[0] if len(parts) == 1 else Cat(tuple(parts), dim)
-    return whole if sum(stop - start for start, stop in ranges) == size else Pad(whole, dim, size)
+    made: Recipe | None = None
+    size = 0
+    for start, stop in ranges:
+        size += stop - start
+        if start < 0:
+            made = Pad(made or Slice(narrowed(recipe, dim, 0, 1, describe), dim, 0, 0), dim, size)
+        else:
+            part = narrowed(recipe, dim, start, stop, describe)
+            made = part if made is None else Cat((*made.parts, part) if isinstance(made, Cat) else (made, part), dim)
+    assert made is not None, f"a rank has nothing of {recipe}"
+    return made
 
 
 def narrowed(recipe: Recipe, dim: int, start: int, stop: int, describe: Fetch) -> Recipe:

@@ -41,10 +41,10 @@ ARROWS = {
     ("_llm",): ("_compile",),
     ("testing",): ("capture",),
     ("__init__",): ("_llm", "testing"),
-    ("serve", "bench", "coverage"): ("__init__",),
+    ("serve", "bench", "coverage", "plan"): ("__init__",),
     ("demo_questions",): (),
     ("harness",): ("__init__",),
-    ("eval", "cli"): ("serve", "bench", "demo_questions", "harness"),
+    ("eval", "cli"): ("serve", "bench", "plan", "demo_questions", "harness"),
     ("__main__",): ("cli",),
 }
 TORCH_FREE = {

@@ -10,7 +10,14 @@ from autodeploy.custom_ops import (  # noqa: F401, isort: skip, they register th
 from autodeploy.custom_ops import cpp_attention, cpp_linear, cpp_pointwise, cpp_quantized  # noqa: F401, they register their providers
 from autodeploy.custom_ops.attention import attention, kv_append, paged_attention, rope_append
 from autodeploy.custom_ops.attention_backend import AttentionBackend, LoweredAttention, register_attention_backend
-from autodeploy.custom_ops.collectives import COLLECTIVES, all_gather, all_reduce, local_index
+from autodeploy.custom_ops.collectives import (
+    COLLECTIVES,
+    all_gather,
+    all_reduce,
+    local_index,
+    sharded_embedding,
+    sharded_rms_norm,
+)
 from autodeploy.custom_ops.conv import causal_conv1d, token_shift
 from autodeploy.custom_ops.delta_rule import gated_delta_rule
 from autodeploy.custom_ops.linear import embedding_op, linear_op
@@ -51,6 +58,8 @@ __all__ = [
     "rope_append",
     "selective_scan",
     "semantic_op",
+    "sharded_embedding",
+    "sharded_rms_norm",
     "ssd",
     "symbolic",
     "token_shift",

@@ -5,41 +5,88 @@ The group they go over is that of the process (`set_group`), so that one graph s
 
 from __future__ import annotations
 
-from typing import Any
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from autodeploy.custom_ops.op import semantic_op
 
-_group: Any = None
+
+class Group(Protocol):
+    """The ranks that share this one's layers."""
+
+    def add_up(self, total: Tensor) -> None:
+        """Put the sum over all ranks into `total`."""
+        ...
+
+    def gather(self, x: Tensor) -> list[Tensor]:
+        """Every rank's x, in the order of the ranks."""
+        ...
+
+
+class ProcessGroup:
+    """Ranks that are processes; group: of torch.distributed, None for all of them."""
+
+    def __init__(self, group: Any = None) -> None:
+        self.group = group
+
+    def add_up(self, total: Tensor) -> None:
+        dist.all_reduce(total, group=self.group)
+
+    def gather(self, x: Tensor) -> list[Tensor]:
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size(self.group))]
+        dist.all_gather(parts, x, group=self.group)
+        return parts
+
+
+_group: Group = ProcessGroup()
+_of_thread = threading.local()
 
 
 def set_group(group: Any) -> None:
-    """The process group of the ranks that share this one's layers; None: there are no others."""
+    """The group of torch.distributed whose ranks share this one's layers."""
     global _group
-    _group = group
+    _group = ProcessGroup(group)
+
+
+@contextmanager
+def thread_group(group: Group) -> Iterator[None]:
+    """Collectives that this thread calls go over another group: that of ranks which are threads."""
+    _of_thread.group = group
+    try:
+        yield
+    finally:
+        del _of_thread.group
+
+
+def _current() -> Group:
+    return getattr(_of_thread, "group", _group)
 
 
 @semantic_op(fake=lambda x: torch.empty_like(x, memory_format=torch.contiguous_format))
 def all_reduce(x: Tensor) -> Tensor:
     """The sum of every rank's x, on every rank."""
     total = x.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(total, group=_group)
+    _current().add_up(total)
     return total
 
 
-def _all_gather_fake(x: Tensor, dim: int, num_ranks: int) -> Tensor:
-    return torch.cat([x] * num_ranks, dim)
+def _all_gather_fake(x: Tensor, dim: int, size: int) -> Tensor:
+    shape = list(x.shape)
+    shape[dim] = size
+    return x.new_empty(shape)
 
 
 @semantic_op(fake=_all_gather_fake)
-def all_gather(x: Tensor, dim: int, num_ranks: int) -> Tensor:
-    """Every rank's x one after the other along a dim, in the order of the ranks, on every rank."""
-    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(num_ranks)]
-    dist.all_gather(parts, x.contiguous(), group=_group)
-    return torch.cat(parts, dim)
+def all_gather(x: Tensor, dim: int, size: int) -> Tensor:
+    """Every rank's x one after the other along a dim, the first `size` elements of that, on every rank."""
+    return torch.cat(_current().gather(x.contiguous()), dim).narrow(dim, 0, size)
 
 
 @semantic_op()
@@ -52,5 +99,29 @@ def local_index(index: Tensor, first: Tensor, count: int) -> Tensor:
     return torch.where((local >= 0) & (local < count), local, count)
 
 
-COLLECTIVES = {all_reduce.overload, all_gather.overload}
+@semantic_op(fake=lambda weight, indices, first: weight.new_empty(*indices.shape, weight.shape[1]))
+def sharded_embedding(weight: Tensor, indices: Tensor, first: Tensor) -> Tensor:
+    """This rank's term of a table's rows: those that it has (from row `first` [] of the table on), zeros for the others.
+
+    weight [rows here, K], indices [...] -> [..., K].
+    """
+    local = local_index.reference(indices, first, weight.shape[0])
+    is_here = local < weight.shape[0]
+    return F.embedding(torch.where(is_here, local, 0), weight).masked_fill(~is_here[..., None], 0)
+
+
+@semantic_op(fake=lambda x, *_: torch.empty_like(x))
+def sharded_rms_norm(x: Tensor, weight: Tensor | None, eps: float, offset: float, weight_in_float: bool, width: int) -> Tensor:
+    """`rms_norm` over a last dim of `width` of which this rank has a part; x [..., part], weight [part] or None."""
+    wide = x.float() if x.dtype != torch.float64 else x
+    mean = all_reduce(wide.pow(2).sum(-1, keepdim=True)) / width
+    normed = wide * torch.rsqrt(mean + eps)
+    if weight is None:
+        return normed.to(x.dtype)
+    if weight_in_float:
+        return (normed * (offset + weight.to(normed.dtype))).to(x.dtype)
+    return (offset + weight if offset else weight) * normed.to(x.dtype)
+
+
+COLLECTIVES = {all_reduce.overload, all_gather.overload, sharded_rms_norm.overload}
 """Ops that wait for the other ranks."""

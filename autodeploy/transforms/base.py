@@ -18,6 +18,7 @@ class Effect(StrEnum):
     FUSION = "fusion"  # the same function, rounded elsewhere
     INPUTS = "inputs"  # placeholders or outputs
     PARAMETERS = "parameters"  # names, shapes or recipes of parameters; may round elsewhere
+    SHARDING = "sharding"  # parameters and values become those of ranks that together compute the same
     NUMERICS = "numerics"  # values, on purpose
 
 

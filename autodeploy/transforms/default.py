@@ -20,6 +20,7 @@ from autodeploy.transforms.prove_packing import ProvePacking
 from autodeploy.transforms.quantize import QuantizeWeights
 from autodeploy.transforms.quantize_cache import QuantizeCache
 from autodeploy.transforms.select_kernels import SelectKernels
+from autodeploy.transforms.shard import ShardModel
 
 
 def default_pipeline(
@@ -35,8 +36,9 @@ def default_pipeline(
             MatchNorm(),
             MatchRope(),
             MatchMLP(),
-            # canonical: fewer bits; smaller caches; fewer, larger ops
+            # canonical: fewer bits; shared layers; smaller caches; fewer, larger ops
             *([] if quantize is None else [quantize]),
+            *([] if target is None or target.mesh.tp == 1 else [ShardModel()]),
             AbsorbLatent(),
             FuseLinears(),
             FuseAddNorm(),

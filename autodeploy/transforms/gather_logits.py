@@ -14,7 +14,7 @@ from autodeploy.specs import Target
 from autodeploy.transforms.base import Effect, Transform
 from autodeploy.transforms.rewrite import aten, evaluate_node, insert_call, insert_input, val
 
-HEAD = {aten.linear.default, ops.rms_norm.overload, ops.layer_norm.overload}
+HEAD = {aten.linear.default, ops.rms_norm.overload, ops.layer_norm.overload, ops.all_gather.overload}
 """Ops over the last dim that may stand between the last layer and the logits, beside pointwise ones."""
 
 
@@ -33,13 +33,16 @@ class GatherLogits(Transform):
         if "logits_indices" in program.inputs:
             return 0
         graph = program.graph.graph
-        tail = _tail(graph.output_node().args[0])
-        stream = _stream_input(tail[-1]) if tail else None
+        output = graph.output_node()
+        tail = _tail(output.args[0]) or [output]
+        stream = _stream_input(tail[-1])
         if stream is None:
             return 0
         rows = insert_input(program, "logits_indices")
         selected = insert_call(program, tail[-1], aten.index_select.default, stream, 1, rows)
         tail[-1].replace_input_with(stream, selected)
+        if tail == [output]:
+            return 1
         for node in reversed(tail):
             evaluate_node(program, node)
         return 1

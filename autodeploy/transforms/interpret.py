@@ -12,7 +12,7 @@ from torch.fx.node import map_aggregate
 
 from autodeploy.custom_ops import PROVIDED
 from autodeploy.program import Program
-from autodeploy.recipes import evaluate
+from autodeploy.recipes import Leaf, Part, evaluate
 
 
 def draw(name: str, dtype: str, shape: tuple[int, ...]) -> Tensor:
@@ -33,7 +33,10 @@ def draw(name: str, dtype: str, shape: tuple[int, ...]) -> Tensor:
 def parameters(program: Program, data: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The program's parameters in float64, through its recipes."""
 
-    return {name: evaluate(recipe, lambda leaf: data[leaf.name]) for name, recipe in program.weights.recipes.items()}
+    def fetch(leaf: Leaf) -> Tensor:
+        return leaf.of(data[leaf.name]) if isinstance(leaf, Part) else data[leaf.name]
+
+    return {name: evaluate(recipe, fetch) for name, recipe in program.weights.recipes.items()}
 
 
 class Interpreter(fx.Interpreter):

@@ -16,6 +16,7 @@ from autodeploy.errors import AutoDeployError, ConfigError, TransformError, did_
 from autodeploy.program import NodeRecord, PassRecord, Program, Snapshot
 from autodeploy.specs import Target
 from autodeploy.transforms.base import Effect, Transform
+from autodeploy.transforms.check_shares import check_shares
 from autodeploy.transforms.reproducer import is_importable, write_reproducer
 from autodeploy.transforms.rewrite import erase_dead
 from autodeploy.transforms.verify import VerificationError, verify_structure
@@ -105,6 +106,8 @@ class Checks:
     def run(self, before: Snapshot, program: Program, effect: Effect) -> None:
         if self.verify != "off":
             verify_structure(before, program, effect)
+            if effect is Effect.SHARDING:
+                check_shares(before, program)
         if self.numeric is not None:
             self.numeric.compare(before.as_program(), program, effect)
 

@@ -6,17 +6,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from autodeploy import custom_ops as ops
 from autodeploy.custom_ops import symbolic
 from autodeploy.custom_ops.recurrent import RECURRENT_OPS
 from autodeploy.program import Program
+from autodeploy.recipes import Shard
+from autodeploy.shards import plan_of_rank
 from autodeploy.specs import SCALED_DTYPES
 from autodeploy.transforms.base import Effect
 from autodeploy.transforms.interpret import Interpreter, draw, parameters
 from autodeploy.transforms.rewrite import aten, calls, val
+from autodeploy.transforms.shard import num_ranks
+from autodeploy.transforms.threads import run_ranks
 from autodeploy.transforms.verify import VerificationError
 
 EXACT = 1e-9
@@ -64,7 +70,7 @@ class NumericVerifier:
         exact, result = self._run(before, wide=True), self._run(after, wide=True)
         if (error := difference(result, exact)) > EXACT and effect is not Effect.NUMERICS:
             raise VerificationError(f"in float64 its logits differ by {error:.1e} from those before the pass (limit {EXACT:.0e})")
-        if effect in (Effect.FUSION, Effect.PARAMETERS, Effect.NUMERICS):
+        if effect in (Effect.FUSION, Effect.PARAMETERS, Effect.SHARDING, Effect.NUMERICS):
             working, mine = _working_dtype(after), result if effect is Effect.NUMERICS else exact
             was = difference(self._run(before, wide=False), exact)
             now = difference(self._run(after, wide=False), mine)
@@ -72,7 +78,19 @@ class NumericVerifier:
                 raise VerificationError(f"in {working} its error grew from {was:.1e} to {now:.1e}")
 
     def _run(self, program: Program, *, wide: bool) -> list[Tensor]:
-        interpreter = Interpreter(program, parameters(program, self.data), wide=wide)
+        """The logits of each request; of a program that ranks share, those of the first rank, which all others must have too."""
+        if (ranks := num_ranks(program)) == 1:
+            return self._run_rank(program, parameters(program, self.data), wide)
+        plans = [plan_of_rank(program.weights, rank, lambda leaf: self.data[leaf.name]) for rank in range(ranks)]
+        tensors = [parameters(replace(program, weights=plan), self.data) for plan in plans]
+        first, *others = run_ranks(ranks, lambda rank: self._run_rank(program, tensors[rank], wide))
+        if worst := max(difference(other, first) for other in others):
+            raise VerificationError(f"ranks do not compute the same: their logits differ by {worst:.1e}")
+        return first
+
+    @torch.no_grad()
+    def _run_rank(self, program: Program, tensors: dict[str, Tensor], wide: bool) -> list[Tensor]:
+        interpreter = Interpreter(program, tensors, wide=wide)
         requests = _requests(program)
         if not program.caches:
             return _run_alone(program, interpreter, requests)
@@ -87,7 +105,10 @@ def _working_dtype(program: Program) -> str:
 
 def _lookups(program: Program) -> list[fx.Node]:
     """Calls of an embedding table, whoever provides them."""
-    return [node for node in program.graph.graph.nodes if symbolic(node.target) is aten.embedding.default]
+    return [node for node in program.graph.graph.nodes if symbolic(node.target) in LOOKUPS]
+
+
+LOOKUPS = (aten.embedding.default, ops.sharded_embedding.overload)
 
 
 def difference(results: list[Tensor], references: list[Tensor]) -> float:
@@ -105,9 +126,17 @@ def difference(results: list[Tensor], references: list[Tensor]) -> float:
 
 def _requests(program: Program) -> list[Tensor]:
     """Token ids that every embedding table has rows for."""
-    rows = min((int(val(node.args[0]).shape[0]) for node in _lookups(program)), default=2)
+    rows = min((_num_rows(program, node.args[0]) for node in _lookups(program)), default=2)
     generator = torch.Generator().manual_seed(0)
     return [torch.randint(0, rows, (length,), generator=generator) for length in LENGTHS]
+
+
+def _num_rows(program: Program, table: Any) -> int:
+    """Of the whole table, if ranks share it."""
+    recipe = program.weights.recipes.get(str(table.target))
+    if isinstance(recipe, Shard) and recipe.dim == -2:
+        return max(stop for own in recipe.ranges for _, stop in own)
+    return int(val(table).shape[0])
 
 
 def _run_alone(program: Program, interpreter: Interpreter, requests: list[Tensor]) -> list[Tensor]:
