@@ -33,6 +33,7 @@ from autodeploy.executor.cuda_graphs import GraphOptions
 from autodeploy.executor.distributed_runner import load_rank, share_cores
 from autodeploy.executor.memory import free_memory
 from autodeploy.executor.model_runner import ModelRunner
+from autodeploy.executor.packing import returning_blocks
 from autodeploy.program import decode_program
 
 TICK = 0.5
@@ -93,7 +94,8 @@ def _load(start: Start, rank: int, place: Place) -> tuple[ModelRunner, str]:
     device, source = local_device(start.device, place), CheckpointSource(Path(start.folder))
     source.initial = load(start.initial)
     graphs = GraphOptions(start.graph_size)
-    return load_rank(decode_program(start.program), source, mesh_of(start), rank, device, graphs), device
+    with returning_blocks():
+        return load_rank(decode_program(start.program), source, mesh_of(start), rank, device, graphs), device
 
 
 def _follow(channel: Channel, runner: ModelRunner, watch: Watch) -> None:

@@ -208,7 +208,7 @@ def anonymous_bytes(process: psutil.Process) -> int:
 @pytest.mark.slow
 def test_a_rank_takes_little_more_than_its_weights_and_caches(tmp_path: Path) -> None:
     """Weights are read and laid out one parameter at a time; what a rank needs besides is what it has after its imports."""
-    sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8, "vocab_size": 8000}
+    sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 12, "vocab_size": 8000}
     make_model("llama", **sizes, num_attention_heads=16, num_key_value_heads=16).save_pretrained(tmp_path)
     code = "import autodeploy.executor.worker, sys; print(flush=True); sys.stdin.read()"
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as imported:
@@ -225,12 +225,12 @@ def test_a_rank_takes_little_more_than_its_weights_and_caches(tmp_path: Path) ->
 
     looking = threading.Thread(target=look)
     looking.start()
-    compiled = start(tmp_path, tmp_path / "cache", kv_cache_config={"max_tokens": 2048})
+    compiled = start(tmp_path, tmp_path / "cache", kv_cache_config={"max_tokens": 2048}, max_num_tokens=256)
     assert isinstance(compiled.runner, DistributedRunner)
     compiled.generate([[5 + i] * 100 for i in range(20)], SamplingParams(max_tokens=8, ignore_eos=True))
     own = compiled.runner.ranks.ready[1].weight_bytes + compiled._pool_sizes().num_bytes(compiled._num_pages())
     compiled.shutdown()
     is_over.set()
     looking.join()
-    assert own > 400e6
+    assert own > 300e6
     assert max(peaks.values()) - floor <= 1.25 * own
