@@ -27,6 +27,7 @@ from autodeploy.distributed.launch import (
     torchrun_place,
     torchrun_rank,
 )
+from autodeploy.distributed.ray_launch import launch_with_ray
 from autodeploy.errors import ConfigError, EngineDeadError, RequestError
 from autodeploy.executor.batch import BatchBuilder
 from autodeploy.executor.cuda_graphs import GraphOptions
@@ -187,7 +188,9 @@ def _distributed_backend(args: LLMArgs) -> str:
 def _launch(args: LLMArgs) -> Launch:
     if _distributed_backend(args) == "torchrun":
         return launch_under_torchrun(args.mesh.size, args.distributed_timeout)
-    return launch_processes(args.mesh.size)
+    if _distributed_backend(args) == "ray":
+        return launch_with_ray(args.mesh.size, _device(args), args.distributed_timeout)
+    return launch_processes(args.mesh.size, _device(args))
 
 
 def _calibrated(args: LLMArgs, folder: Path, timeline: Timeline) -> LLMArgs:

@@ -21,16 +21,20 @@ from autodeploy.distributed.ranks import Peer
 from autodeploy.errors import ConfigError, EngineDeadError
 
 WORKER = "autodeploy.executor.worker"
+TO_CONNECT = 120.0
+"""Seconds that a rank has at least: it imports torch first."""
 CONTROL = "autodeploy/control"
 """Where in torchrun's store rank 0 says how it is reached."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Of a rank among those of its machine."""
+    """Of a rank on its machine."""
 
-    local_rank: int = 0
-    local_size: int = 1
+    gpu: int = 0
+    """The number of its GPU."""
+    num_local: int = 1
+    """Ranks on the machine."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +59,13 @@ class Spawned:
     place: Place
 
 
-def launch_processes(size: int) -> Launch:
-    """The others are processes of this machine. What all meet in is memory, so that nothing stays and no port is open."""
+def launch_processes(size: int, device: str) -> Launch:
+    """The others are processes of this machine. What all meet in is memory, so that nothing stays and no port is open.
+
+    Raises ConfigError where there are too few GPUs.
+    """
+    if device == "cuda" and (count := torch.cuda.device_count()) < size:
+        raise ConfigError(f"{size} ranks need as many GPUs, and this machine has {count}. Lower the parallel sizes.")
     store = os.memfd_create("autodeploy-ranks")
 
     def start() -> list[Peer]:
@@ -116,7 +125,7 @@ def launch_under_torchrun(size: int, timeout: float) -> Launch:
 
     def start() -> list[Peer]:
         host, token = own_address(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), secrets.token_hex(32)
-        with listen(host, timeout) as listener:
+        with listen(host, max(timeout, TO_CONNECT)) as listener:
             store.set(CONTROL, json.dumps([host, listener.getsockname()[1], token]))
             return accept_all(listener, token, size)
 
@@ -168,9 +177,5 @@ def connect(host: str, port: int, token: str, rank: int) -> Channel:
 
 
 def local_device(device: str, place: Place) -> str:
-    """A rank's own: each has a GPU to itself. Raises ConfigError where there are too few."""
-    if not device.startswith("cuda"):
-        return device
-    if (count := torch.cuda.device_count()) < place.local_size:
-        raise ConfigError(f"{place.local_size} ranks on this machine need as many GPUs, and there are {count}. Lower the sizes.")
-    return f"cuda:{place.local_rank}"
+    """A rank's own: each has a GPU to itself."""
+    return f"cuda:{place.gpu}" if device == "cuda" else device

@@ -59,6 +59,10 @@ class Ready(Message, frozen=True):
     """What can still be allocated on its device."""
 
 
+class Join(Message, frozen=True):
+    """Every rank has its weights: meet in the process group."""
+
+
 class Allocate(Message, frozen=True):
     num_units: dict[str, int]
     page_size: int
@@ -100,7 +104,7 @@ class Failed(Message, frozen=True):
     text: str
 
 
-AnyMessage = Hello | Start | Ready | Allocate | Capture | Forward | Shutdown | Failed
+AnyMessage = Hello | Start | Ready | Join | Allocate | Capture | Forward | Shutdown | Failed
 _encoder, _decoder = msgspec.msgpack.Encoder(), msgspec.msgpack.Decoder(AnyMessage)
 
 

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 from autodeploy.distributed.channel import Channel
 from autodeploy.distributed.messages import Failed, Message, Ready, Shutdown, encode
@@ -30,6 +31,13 @@ SHORT = 0.3
 """Seconds: for stacks to be written, and for the cause of a failure to show itself beside what follows from it."""
 
 
+def is_stopped(process: int) -> bool:
+    """By SIGSTOP, not by a debugger."""
+    with suppress(OSError):
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    return False
+
+
 @dataclass
 class Peer:
     """Another rank. kill: ends it, whatever it does; nothing happens when it has ended."""
@@ -40,6 +48,8 @@ class Peer:
     process: subprocess.Popen[bytes] | None = None
     """One of this machine that this process has started."""
     is_gone: bool = False
+    stopped: float = 0.0
+    """Seconds for which it has been stopped."""
 
     def fate(self) -> str:
         """What became of it, where that is known."""
@@ -49,6 +59,34 @@ class Peer:
         return (
             f"rank {self.rank} was killed by {signal.Signals(-code).name}" if code < 0 else f"rank {self.rank} ended with {code}"
         )
+
+
+class Stopwatch:
+    """How long what is done under it (`with`) has taken so far, for another thread that looks from time to time.
+
+    longest: seconds that count at most between two looks, because this process may have been stopped itself. Each thread writes
+    to fields of its own.
+    """
+
+    def __init__(self, longest: float) -> None:
+        self.longest = longest
+        self._turn = self._seen = 0
+        """Odd while something is done."""
+        self._seconds, self._last = 0.0, time.monotonic()
+
+    def __enter__(self) -> None:
+        self._turn += 1
+
+    def __exit__(self, *error: object) -> None:
+        self._turn += 1
+
+    def look(self) -> float:
+        """Seconds; 0 when nothing is done. By one thread only."""
+        now, turn = time.monotonic(), self._turn
+        goes_on = turn == self._seen and turn % 2 == 1
+        self._seconds = self._seconds + min(now - self._last, self.longest) if goes_on else 0.0
+        self._seen, self._last = turn, now
+        return self._seconds
 
 
 class Ranks:
@@ -62,8 +100,8 @@ class Ranks:
         """Why nothing can go on."""
         self._texts: list[str] = []
         self._changed, self._killing = threading.Condition(), threading.Lock()
-        self._is_closing = self._in_step = False
-        self._seconds = 0.0
+        self._is_closing = False
+        self._stopwatch = Stopwatch(2 * TICK)
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, args=(start,), name="ad-ranks", daemon=True)
         atexit.register(self.shutdown)
@@ -100,15 +138,13 @@ class Ranks:
     @contextmanager
     def step(self) -> Iterator[None]:
         """While every rank works on the same. Whatever fails is the end: raises EngineDeadError."""
-        self._seconds, self._in_step = 0.0, True
         try:
-            yield
+            with self._stopwatch:
+                yield
         except EngineDeadError:
             raise
         except Exception as error:
             raise self.cause_of(error) from error
-        finally:
-            self._in_step = False
 
     def cause_of(self, error: Exception) -> EngineDeadError:
         """What has failed here may follow from another rank's end, which the watching thread is about to see."""
@@ -168,14 +204,13 @@ class Ranks:
             for peer in self.peers:
                 selector.register(peer.channel, selectors.EVENT_READ, peer)
             while selector.get_map():
-                before = time.monotonic()
                 for key, _ in selector.select(TICK):
                     self._listen(key.data)
                     if key.data.is_gone:
                         selector.unregister(key.fileobj)
                 if self._texts and not self._is_closing:
                     self.die(self._reason())
-                self._count(time.monotonic() - before)
+                self._find_hanging()
 
     def _listen(self, peer: Peer) -> None:
         try:
@@ -194,17 +229,20 @@ class Ranks:
                 self.ready[peer.rank] = message
                 self._changed.notify_all()
 
+    def _find_hanging(self) -> None:
+        why = f"longer than {self.timeout:g} s (distributed_timeout)"
+        for peer in self.peers:
+            peer.stopped = peer.stopped + TICK if peer.process is not None and is_stopped(peer.process.pid) else 0.0
+            if peer.stopped > self.timeout:
+                self.die(f"rank {peer.rank} has been stopped for {why}", hangs=True)
+        if self._stopwatch.look() > self.timeout:
+            self.die(f"a step took {why}, so a rank hangs", hangs=True)
+
     def _reason(self) -> str:
         """A rank that was killed is why others fail, and may be known a moment later."""
         time.sleep(SHORT)
         killed = [fate for peer in self.peers if "killed" in (fate := peer.fate())]
         return (killed or self._texts)[0]
-
-    def _count(self, seconds: float) -> None:
-        """Time in which this process was stopped itself does not count."""
-        self._seconds += min(seconds, 2 * TICK)
-        if self._in_step and self._seconds > self.timeout:
-            self.die(f"a step took longer than {self.timeout:g} s (distributed_timeout), so a rank hangs", hangs=True)
 
     def _dump_stacks(self) -> None:
         """To stderr, of all ranks of this machine that can still write."""

@@ -15,7 +15,7 @@ from autodeploy.custom_ops import PROVIDED
 from autodeploy.custom_ops.attention_backend import backend_named
 from autodeploy.distributed.groups import join, leave, refuse_second_group
 from autodeploy.distributed.launch import Launch, local_device
-from autodeploy.distributed.messages import Allocate, Capture, Forward, Start, digest_of
+from autodeploy.distributed.messages import Allocate, Capture, Forward, Join, Start, digest_of
 from autodeploy.distributed.ranks import Ranks
 from autodeploy.errors import ConfigError, EngineDeadError
 from autodeploy.executor.batch import WantedRows
@@ -62,7 +62,7 @@ class DistributedRunner:
     @property
     def free_bytes(self) -> int:
         """What the rank with the least room may still allocate."""
-        own = free_memory(self.local.device) // (self._launch.place.local_size if self.local.device == "cpu" else 1)
+        own = free_memory(self.local.device) // (self._launch.place.num_local if self.local.device == "cpu" else 1)
         return min([own, *(ready.free_bytes for ready in self.ranks.ready.values())])
 
     def allocate(self, num_units: Mapping[str, int], page_size: int) -> None:
@@ -110,13 +110,14 @@ def start_ranks(
     try:
         for peer in ranks.peers:
             ranks.send(starts[mesh.stage(peer.rank)], [peer])
-        share_cores(launch.place.local_size)
+        share_cores(launch.place.num_local)
         local = load_rank(stages[0].program, source, mesh, 0, device, options.graphs, on_parameter)
         ranks.wait_ready()
         for rank, ready in ranks.ready.items():
             if ready.digest != starts[mesh.stage(rank)].digest:
                 ranks.die(f"rank {rank} has another program than the one it was sent")
                 raise EngineDeadError(ranks.death)
+        ranks.send(Join())
         join(mesh, 0, device, launch.rendezvous, options.timeout)
     except BaseException:
         ranks.shutdown()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -16,6 +16,9 @@ from autodeploy.custom_ops import PROVIDED
 from autodeploy.custom_ops.op import call_arguments
 from autodeploy.formats import Integers
 from autodeploy.program import Program
+
+M_MMAP_THRESHOLD = -3
+"""Of mallopt: the bytes from which on a block is the system's own."""
 
 
 @dataclass
@@ -65,6 +68,21 @@ def release_freed_memory() -> None:
     """Give the heap's free pages back to the system: what loading needed for a moment. Nothing happens where libc cannot."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+@contextmanager
+def returning_blocks() -> Iterator[None]:
+    """Large blocks that are freed go back to the system at once, one by one; for loading, since steps would pay for it.
+
+    Else libc keeps what the first parameters needed for a moment among what stays. Afterwards it keeps what it would have kept.
+    """
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20)
+    try:
+        yield
+    finally:
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 32 << 20)  # where it ends up by itself
 
 
 def read_packed(graph: fx.Graph) -> None:

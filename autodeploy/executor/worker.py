@@ -15,7 +15,6 @@ import signal
 import socket
 import sys
 import threading
-import time
 import traceback
 from contextlib import suppress
 from pathlib import Path
@@ -28,11 +27,13 @@ from autodeploy.distributed.channel import Channel
 from autodeploy.distributed.groups import join, leave
 from autodeploy.distributed.launch import Place, local_device
 from autodeploy.distributed.messages import Allocate, Capture, Failed, Forward, Ready, Shutdown, Start, digest_of, mesh_of
+from autodeploy.distributed.ranks import Stopwatch, is_stopped
 from autodeploy.errors import ProgramFileError
 from autodeploy.executor.cuda_graphs import GraphOptions
 from autodeploy.executor.distributed_runner import load_rank, share_cores
 from autodeploy.executor.memory import free_memory
 from autodeploy.executor.model_runner import ModelRunner
+from autodeploy.executor.packing import returning_blocks
 from autodeploy.program import decode_program
 
 TICK = 0.5
@@ -66,8 +67,9 @@ def serve(channel: Channel, rank: int, place: Place, parent: int = 0) -> None:
         start: Start = channel.receive()
         watch.timeout = start.timeout + SLACK
         runner, device = _load(start, rank, place)
-        room = free_memory(device) // (place.local_size if device == "cpu" else 1)
+        room = free_memory(device) // (place.num_local if device == "cpu" else 1)
         channel.send(Ready(digest_of(start.program), runner.weight_bytes, room))
+        channel.receive()  # `Join`: the others are ready too
         join(mesh_of(start), rank, device, start.rendezvous, start.timeout)
         del start
         _follow(channel, runner, watch)
@@ -88,18 +90,19 @@ def _load(start: Start, rank: int, place: Place) -> tuple[ModelRunner, str]:
         raise ProgramFileError("the program is not the one of rank 0")
     for name in start.modules:
         importlib.import_module(name)
-    share_cores(place.local_size)
+    share_cores(place.num_local)
     device, source = local_device(start.device, place), CheckpointSource(Path(start.folder))
     source.initial = load(start.initial)
     graphs = GraphOptions(start.graph_size)
-    return load_rank(decode_program(start.program), source, mesh_of(start), rank, device, graphs), device
+    with returning_blocks():
+        return load_rank(decode_program(start.program), source, mesh_of(start), rank, device, graphs), device
 
 
 def _follow(channel: Channel, runner: ModelRunner, watch: Watch) -> None:
     while True:
         match channel.receive():
             case Forward() as step:
-                with watch:
+                with watch.step():
                     runner.forward(step.batch, [])
             case Allocate(num_units, page_size):
                 runner.allocate(num_units, page_size)
@@ -115,22 +118,20 @@ def _follow(channel: Channel, runner: ModelRunner, watch: Watch) -> None:
 class Watch:
     """A thread that ends the process when rank 0 is gone or a step hangs, whatever the main thread waits for.
 
-    A context manager: a step is under way. parent: the process of rank 0, where it has started this one. When it is stopped for
-    as long as a step may take it is killed, because its requests wait for ever.
+    parent: the process of rank 0, where it has started this one. When it is stopped for as long as a step may take it is killed,
+    because its requests wait for ever.
     """
 
     def __init__(self, channel: Channel, parent: int) -> None:
         self.timeout = float("inf")
         self._channel, self._parent = channel, parent
-        self._in_step = self._is_over = False
-        self._seconds = self._stopped = 0.0
+        self._is_over = False
+        self._step = Stopwatch(2 * TICK)
         threading.Thread(target=self._run, name="ad-watch", daemon=True).start()
 
-    def __enter__(self) -> None:
-        self._seconds, self._in_step = 0.0, True
-
-    def __exit__(self, *error: object) -> None:
-        self._in_step = False
+    def step(self) -> Stopwatch:
+        """A context manager: a step is under way."""
+        return self._step
 
     def end(self) -> None:
         """Rank 0 may go now."""
@@ -139,29 +140,20 @@ class Watch:
     def _run(self) -> None:
         poll = select.poll()
         poll.register(self._channel, select.POLLRDHUP)
+        stopped = 0
         while not self._is_over:
-            before = time.monotonic()
             if poll.poll(TICK * 1000) and not self._is_over:
                 os._exit(1)
-            passed = min(time.monotonic() - before, 2 * TICK)  # time in which this process was stopped does not count
-            self._seconds += passed
-            self._stopped = self._stopped + passed if _is_stopped(self._parent) else 0.0
-            if self._stopped > self.timeout or (self._in_step and self._seconds > self.timeout):
+            stopped = stopped + 1 if is_stopped(self._parent) else 0
+            if max(self._step.look(), stopped * TICK) > self.timeout:
                 self._end_hanging()
 
     def _end_hanging(self) -> None:
         faulthandler.dump_traceback(file=2)
-        if _is_stopped(self._parent):
+        if is_stopped(self._parent):
             with suppress(ProcessLookupError):
                 os.kill(self._parent, signal.SIGKILL)
         os._exit(1)
-
-
-def _is_stopped(process: int) -> bool:
-    """By SIGSTOP, not by a debugger."""
-    with suppress(OSError):
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "T"
-    return False
 
 
 if __name__ == "__main__":

@@ -17,6 +17,12 @@ import psutil
 from autodeploy import LLM, SamplingParams
 
 NUM_REQUESTS = 12
+OPTIONS: dict[str, Any] = {
+    "tensor_parallel_size": 2,
+    "plugins": ["tests.distributed.average:plugin"],
+    "max_seq_len": 65536,
+    "kv_cache_config": {"max_tokens": NUM_REQUESTS * 65536},
+}
 
 
 def follow(handle: Any) -> None:
@@ -32,16 +38,7 @@ def follow(handle: Any) -> None:
 
 def main() -> None:
     folder, cache, timeout = sys.argv[1:4]
-    llm = LLM(
-        folder,
-        tensor_parallel_size=2,
-        skip_tokenizer_init=True,
-        program_cache=Path(cache),
-        plugins=["tests.distributed.average:plugin"],
-        distributed_timeout=float(timeout),
-        max_seq_len=65536,
-        kv_cache_config={"max_tokens": NUM_REQUESTS * 65536},
-    )
+    llm = LLM(folder, skip_tokenizer_init=True, distributed_timeout=float(timeout), program_cache=Path(cache), **OPTIONS)
     long = SamplingParams(max_tokens=60000, ignore_eos=True)
     handles = [llm.generate_async([3 + i, 5, 7], long, streaming=True) for i in range(NUM_REQUESTS)]
     next(iter(handles[0]))

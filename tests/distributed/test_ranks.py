@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
+import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ import torch
 import autodeploy
 from autodeploy import LLM, CompiledModel, ConfigError, EngineDeadError, SamplingParams
 from autodeploy.config import LLMArgs
+from autodeploy.distributed.messages import Array, Forward
 from autodeploy.executor import distributed_runner
 from autodeploy.executor.distributed_runner import DistributedRunner
 from autodeploy.program_cache import Lowered
@@ -142,3 +146,91 @@ def test_torchrun_is_not_there(folder: Path, cache: Path) -> None:
         LLM(
             folder, tensor_parallel_size=2, distributed_executor_backend="torchrun", skip_tokenizer_init=True, program_cache=cache
         )
+
+
+# What is the end of all ranks
+
+
+def test_a_forward_that_raises_is_the_end_for_every_request(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*given: Any) -> Any:
+        raise ZeroDivisionError("no logits")
+
+    compiled = start(folder, cache)
+    assert isinstance(compiled.runner, DistributedRunner)
+    monkeypatch.setattr(compiled.runner.local, "forward", fail)
+    handles = [compiled.submit(prompt, PARAMS) for prompt in PROMPTS]
+    for handle in handles:
+        with pytest.raises(EngineDeadError, match="rank 0 failed: ZeroDivisionError: no logits"):
+            handle.result(10)
+    with pytest.raises(EngineDeadError):
+        compiled.submit(PROMPTS[0], PARAMS)
+    compiled.shutdown()
+
+
+def test_a_rank_that_fails_while_nobody_asks_is_the_end_too(folder: Path, cache: Path) -> None:
+    compiled = start(folder, cache)
+    assert isinstance(compiled.runner, DistributedRunner)
+    compiled.generate(PROMPTS, PARAMS)
+    compiled.runner.ranks.send(Forward({"input_ids": Array("O", (1,), b"12345678")}))
+    compiled.executor._thread.join(10)
+    with pytest.raises(EngineDeadError, match="the engine has ended") as caught:
+        compiled.generate(PROMPTS, PARAMS)
+    assert "rank 1 failed: ValueError: an input of dtype O" in str(caught.value.__cause__)
+    compiled.shutdown()
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_stopped_while_nobody_asks_is_the_end_too(folder: Path, cache: Path) -> None:
+    before = set(psutil.Process().children())
+    compiled = start(folder, cache, distributed_timeout=1)
+    (worker,) = set(psutil.Process().children()) - before
+    loop = compiled.executor._thread
+    worker.suspend()
+    loop.join(10)
+    assert not loop.is_alive()
+    with pytest.raises(EngineDeadError) as caught:
+        compiled.generate(PROMPTS, PARAMS)
+    assert "rank 1 has been stopped for longer than 1 s" in str(caught.value.__cause__)
+    compiled.shutdown()
+    assert not worker.is_running()
+
+
+# Memory
+
+
+def anonymous_bytes(process: psutil.Process) -> int:
+    with suppress(OSError, StopIteration):
+        lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith("RssAnon")).split()[1])
+    return 0
+
+
+@pytest.mark.slow
+def test_a_rank_takes_little_more_than_its_weights_and_caches(tmp_path: Path) -> None:
+    """Weights are read and laid out one parameter at a time; what a rank needs besides is what it has after its imports."""
+    sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 12, "vocab_size": 8000}
+    make_model("llama", **sizes, num_attention_heads=16, num_key_value_heads=16).save_pretrained(tmp_path)
+    code = "import autodeploy.executor.worker, sys; print(flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as imported:
+        assert imported.stdout is not None
+        imported.stdout.readline()
+        floor = anonymous_bytes(psutil.Process(imported.pid))
+        imported.communicate()
+    peaks, is_over = dict[psutil.Process, int](), threading.Event()
+
+    def look() -> None:
+        while not is_over.wait(0.004):
+            for process in psutil.Process().children():
+                peaks[process] = max(peaks.get(process, 0), anonymous_bytes(process))
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    compiled = start(tmp_path, tmp_path / "cache", kv_cache_config={"max_tokens": 2048}, max_num_tokens=256)
+    assert isinstance(compiled.runner, DistributedRunner)
+    compiled.generate([[5 + i] * 100 for i in range(20)], SamplingParams(max_tokens=8, ignore_eos=True))
+    own = compiled.runner.ranks.ready[1].weight_bytes + compiled._pool_sizes().num_bytes(compiled._num_pages())
+    compiled.shutdown()
+    is_over.set()
+    looking.join()
+    assert own > 300e6
+    assert max(peaks.values()) - floor <= 1.25 * own
