@@ -2,8 +2,8 @@
 
     python benchmarks/shard_plans.py [--ranks 8 64] [NAME ...]
 
-Each model runs in a process of its own. "shared" is the part of all bytes that a rank does not have; every linear is counted by how
-ranks share it; "differs" are the modules for which transformers' own plan says something else.
+Each model runs in a process of its own. "shared" is the part of all bytes that a rank does not have, "linears" counts them by how
+ranks share them, and "differs" are the modules for which transformers' own plan says something else.
 """
 
 from __future__ import annotations

@@ -165,6 +165,8 @@ CALLS = {
         0.0,
         0.0,
     ),
+    "local_index": lambda: (torch.randint(0, 9, (5, 2)), torch.tensor(3), 4),
+    "sharded_embedding": lambda: (torch.randn(4, 6), torch.randint(0, 9, (1, 5)), torch.tensor(3)),
     "embedding": lambda: (torch.randn(9, 6), torch.randint(0, 9, (1, 5))),
     "linear": lambda: (torch.randn(1, 5, 8), torch.randn(6, 8), torch.randn(6)),
     "expert_linear": lambda: (torch.randn(5, 8), torch.randint(0, 3, (5,)), torch.randn(3, 6, 8)),
@@ -199,7 +201,11 @@ CALLS = {
 
 RECURRENT = {op for known in RECURRENT_OPS.values() for op in (known.whole, known.cached)}
 """Their shape rules: test_recurrent_ops."""
-OURS = [op for op in SEMANTIC_OPS.values() if op not in RECURRENT and op.reference.__module__.startswith("autodeploy.")]
+EXCHANGES = {op for op in SEMANTIC_OPS.values() if op.overload in ops.COLLECTIVES}
+"""They wait for other ranks: tests/distributed."""
+OURS = [
+    op for op in SEMANTIC_OPS.values() if op not in RECURRENT | EXCHANGES and op.reference.__module__.startswith("autodeploy.")
+]
 
 
 @pytest.mark.parametrize("name", sorted(op.name for op in OURS))

@@ -27,21 +27,23 @@ from tests.models.families import make_model
 PROMPTS = [[5, 6, 7, 8, 9], [11, 12], [13], list(range(20, 60))]
 PARAMS = SamplingParams(max_tokens=12, ignore_eos=True)
 LIMIT = 1e-10
+ROUNDS = {"deepseek_v2": 1e-8}
+"""Families that compute something in float32 whatever the dtype, and what that may come to."""
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama_tied": ("llama", {"tie_word_embeddings": True}),
     "one_kv_head": ("llama", {"num_key_value_heads": 1}),
     "phi3": ("phi3", {}),
     "gpt_neox": ("gpt_neox", {}),
-    "olmo2": ("olmo2", {}),
+    "olmo2": ("olmo2", {"num_key_value_heads": 4}),
     "gemma2": ("gemma2", {}),
     "mixtral": ("mixtral", {}),
     "qwen3_moe": ("qwen3_moe", {}),
     "gpt_oss": ("gpt_oss", {}),
     "deepseek_v2": ("deepseek_v2", {}),
     "deepseek_v3": ("deepseek_v3", {}),
-    "bamba": ("bamba", {}),
-    "qwen3_next": ("qwen3_next", {}),
+    "bamba": ("bamba", {"mamba_n_groups": 4}),
+    "qwen3_next": ("qwen3_next", {"linear_num_key_heads": 4, "linear_num_value_heads": 8}),
 }
 WITH_EXPERTS = ("mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "qwen3_next")
 FEW = ("llama_tied", "gpt_oss", "deepseek_v3", "qwen3_next")
@@ -85,7 +87,7 @@ def alone(folder: Path) -> tuple[list[list[int]], Tensor]:
 def check(folder: Path, mesh: Mesh) -> None:
     (tokens, logits), (expected, exact) = answers(folder, mesh), alone(folder)
     assert tokens == expected
-    assert float((logits - exact).abs().max() / exact.abs().max()) <= LIMIT
+    assert float((logits - exact).abs().max() / exact.abs().max()) <= ROUNDS.get(folder.name, LIMIT)
 
 
 @pytest.mark.parametrize("name", FEW)
