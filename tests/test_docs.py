@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from autodeploy import default_pipeline
+from autodeploy import Target, default_pipeline
 from autodeploy.cli import app
+from autodeploy.specs import Mesh
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -61,5 +62,5 @@ def test_the_readme_installs_as_the_makefile_does() -> None:
 def test_the_readme_names_every_pass_in_order() -> None:
     table = README[README.index("| pass |") : README.index("Attention masks are never")]
     assert re.findall(r"`(\w+)`", "\n".join(line.split("|")[1] for line in table.splitlines() if line.startswith("| `"))) == (
-        default_pipeline().names()
+        default_pipeline(Target(mesh=Mesh(2))).names()
     )

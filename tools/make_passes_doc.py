@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 
-from autodeploy import Effect, Transform, default_pipeline
+from autodeploy import Effect, Target, Transform, default_pipeline
+from autodeploy.specs import Mesh
 from autodeploy.transforms.quantize import QuantizeWeights
 from autodeploy.transforms.quantize_cache import QuantizeCache
 
@@ -19,6 +20,7 @@ EFFECTS = {
     Effect.FUSION: "the same function, rounded elsewhere",
     Effect.INPUTS: "placeholders or outputs change",
     Effect.PARAMETERS: "parameters and their recipes change",
+    Effect.SHARDING: "parameters and values become those of ranks, which together compute the same",
     Effect.NUMERICS: "values change, on purpose",
 }
 HEADER = """# The passes
@@ -26,7 +28,7 @@ HEADER = """# The passes
 Written by `python tools/make_passes_doc.py` from the docstrings and fields of the passes; a test fails when it is stale.
 
 `autodeploy.default_pipeline()` runs these, in this order, on a program fresh from torch.export; `quantize` and
-`quantize_cache` only where `quantization=` and the `dtype` of the KV cache ask for them. What one of them does to a model is
+`quantize_cache` only where `quantization=` and the `dtype` of the KV cache ask for them, `shard` where several ranks share layers. What one of them does to a model is
 shown by `autodeploy inspect MODEL --diff PASS`. The effect is what a pass may change beside the graph, and is checked each
 time it runs. Options are set with `pipeline.configure(name, option=value)` or `--set name.option=value`. How to write a pass of
 your own: [write-a-pass.md](write-a-pass.md).
@@ -34,7 +36,7 @@ your own: [write-a-pass.md](write-a-pass.md).
 
 
 def passes_doc() -> str:
-    passes = default_pipeline(quantize=QuantizeWeights(), quantize_cache=QuantizeCache())
+    passes = default_pipeline(Target(mesh=Mesh(2)), QuantizeWeights(), QuantizeCache())
     rows = [f"| {i} | [`{item.name}`](#{item.name}) | {item.effect.value} |" for i, item in enumerate(passes, 1)]
     table = "\n".join(["|   | pass | effect |", "|---|---|---|", *rows])
     return "\n".join([HEADER, f"{table}\n", *(line for item in passes for line in section(item))])

@@ -105,20 +105,21 @@ HINTS = {
 def disagreements(plan: ShardPlan, hints: Mapping[str, str] | None) -> list[str]:
     """Where the plan differs from transformers' own for the same model, each kind of module once.
 
-    hints: pattern of module names (* for a number) -> style. What they do not name has no opinion on it.
+    hints: pattern of module names (* for a number) -> style. What they do not name has no opinion on it; experts, which the mesh
+    deals out in one way or the other, are not compared.
     """
     found = dict[str, None]()
     for name, share in plan.parameters.items():
         pattern = re.sub(r"\.\d+(?=\.|$)", ".*", name.removesuffix(".weight"))
         told = next((HINTS.get(style) for hint, style in (hints or {}).items() if pattern in (hint, f"model.{hint}")), None)
-        if told is not None and told != _comparable(share):
+        if told is not None and share.kind != "expert" and told != _comparable(share):
             found[f"{pattern}: {share.kind} here, {told} there"] = None
     return list(found)
 
 
 def _comparable(share: Share) -> str:
-    """The kind of a part of experts or of vectors, by what is dealt out."""
-    if share.kind in ("expert", "part"):
+    """The kind, of vectors too by what is dealt out."""
+    if share.kind == "part":
         return "column" if share.layout.dims else "replicate"
     return "column" if share.kind == "vocabulary" and share.is_linear else share.kind
 
