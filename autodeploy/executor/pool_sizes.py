@@ -40,7 +40,9 @@ class PoolSizes:
     def num_bytes(self, num_pages: int) -> int:
         """On a rank of the stage with the most."""
         units = self.units(num_pages)
-        return max(sum(spec.bytes_per_unit(self.page_size) * units[spec.pool] for spec in own) for own in self.shares or [self.specs])
+        return max(
+            sum(spec.bytes_per_unit(self.page_size) * units[spec.pool] for spec in own) for own in self.shares or [self.specs]
+        )
 
     def num_pages(self, max_tokens: int | None, max_bytes: int) -> int:
         """Pages for all requests at full length, or what tokens and bytes allow. Raises ConfigError when that is none."""

@@ -1,6 +1,6 @@
 """split_stages: a lowered program as several, one after the other, each with layers, parameters and caches of its own.
 
-Cut is where the fewest values go from what is before to what is behind: in most models one, the residual (with its norm, where both
+Cut is where what is behind needs as little as possible of what is before: in most models the residual (with its norm, where both
 come from one call). What does not depend on token ids or caches, such as rotary angles, every stage computes for itself.
 """
 
@@ -21,7 +21,6 @@ from autodeploy.errors import UnsupportedModelError
 from autodeploy.program import Program
 from autodeploy.transforms.rewrite import insert_call, val
 
-
 UNEVEN = 1.25
 """Times its share of the parameters that a stage may have without a look for cuts that more crosses."""
 WORTH_IT = 0.9
@@ -38,7 +37,7 @@ class Cut:
     @property
     def num_sources(self) -> int:
         """Calls that what crosses comes from."""
-        return len({node.args[0] if node.target is operator.getitem else node for node in self.crossing})
+        return len({node.all_input_nodes[0] if node.target is operator.getitem else node for node in self.crossing})
 
 
 def split_stages(program: Program, num_stages: int) -> list[Program]:
