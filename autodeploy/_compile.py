@@ -165,8 +165,6 @@ def _refuse_ranks(args: LLMArgs) -> None:
             f"a model in memory is in this process alone, and {args.mesh.size} ranks need it. Write it with "
             "model.save_pretrained(folder), and give the folder."
         )
-    if args.mesh.pp > 1:
-        raise ConfigError(f"LLMArgs: pipeline_parallel_size={args.mesh.pp} is not supported yet; leave it out.")
 
 
 def _start_ranks(args: LLMArgs, lowered: Lowered, advance: Callable[[str], None]) -> DistributedRunner:
@@ -178,7 +176,16 @@ def _start_ranks(args: LLMArgs, lowered: Lowered, advance: Callable[[str], None]
         )
     assert isinstance(lowered.source, CheckpointSource)  # or it would be a model in memory
     options = RankOptions(args.mesh, _device(args), args.distributed_timeout, _graph_options(args))
-    return start_ranks([Stage(lowered.program, lowered.as_json)], lowered.source, _launch(args), options, advance)
+    return start_ranks(_stages(lowered, args.mesh.pp), lowered.source, _launch(args), options, advance)
+
+
+def _stages(lowered: Lowered, num_stages: int) -> list[Stage]:
+    """What the ranks of each stage run. The program is cut after it was read, so that what is stored is all of it."""
+    if num_stages == 1:
+        return [Stage(lowered.program, lowered.as_json)]
+    from autodeploy.transforms.split_stages import split_stages
+
+    return [Stage(program, program.as_json().encode()) for program in split_stages(lowered.program, num_stages)]
 
 
 def _distributed_backend(args: LLMArgs) -> str:
@@ -367,7 +374,8 @@ class CompiledModel:
     def _pool_sizes(self) -> PoolSizes:
         args, specs = self.args, list(self._program.caches.values()) if self._program else []
         max_step = args.max_num_tokens if self._chunks else self.max_seq_len
-        return PoolSizes(specs, args.max_batch_size, self.max_seq_len, args.kv_cache_config.page_size, max_step)
+        shares = self.runner.stage_caches if isinstance(self.runner, DistributedRunner) else [specs]
+        return PoolSizes(specs, args.max_batch_size, self.max_seq_len, args.kv_cache_config.page_size, max_step, shares)
 
     def _num_pages(self) -> int:
         """Usable pages of a pool that keeps every token."""

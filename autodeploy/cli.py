@@ -328,7 +328,7 @@ def plan(
     from autodeploy.config import LLMArgs
     from autodeploy.plan import tables
     from autodeploy.plan.devices import device_named
-    from autodeploy.plan.plan import lower_for, plan_program, refuse_what_does_not_fit
+    from autodeploy.plan.plan import lower_for, plan_stages, refuse_what_does_not_fit
     from autodeploy.report.timeline import Timeline
     from autodeploy.specs import Mesh
 
@@ -338,7 +338,7 @@ def plan(
     rounding: dict[str, Any] = {"quantization": quantization, "kv_cache_config": {"dtype": kv_cache or "auto"}}
     args = LLMArgs(model=folder, device="cuda", dtype=dtype, **sizes, **rounding, **_passes(plugins, pipeline_file, settings))
     lowered = lower_for(args, mesh, Timeline())
-    found = plan_program(lowered.program, args, device, mesh, context or min(8192, lowered.facts.max_seq_len), steps)
+    found = plan_stages(lowered.program, args, device, mesh, context or min(8192, lowered.facts.max_seq_len), steps)
     refuse_what_does_not_fit(found)
     if json_file == Path("-"):
         print(tables.as_json(found), end="")

@@ -47,6 +47,11 @@ class Mesh:
         """Of a rank among those of its stage: which part of each layer is its own."""
         return rank % self.tp
 
+    @property
+    def logits_rank(self) -> int:
+        """The rank of the last stage that rank 0 has the logits from."""
+        return (self.pp - 1) * self.tp
+
 
 @dataclass(frozen=True)
 class Target:

@@ -28,10 +28,10 @@ HEADER = """# The passes
 Written by `python tools/make_passes_doc.py` from the docstrings and fields of the passes; a test fails when it is stale.
 
 `autodeploy.default_pipeline()` runs these, in this order, on a program fresh from torch.export; `quantize` and
-`quantize_cache` only where `quantization=` and the `dtype` of the KV cache ask for them, `shard` where several ranks share layers. What one of them does to a model is
-shown by `autodeploy inspect MODEL --diff PASS`. The effect is what a pass may change beside the graph, and is checked each
-time it runs. Options are set with `pipeline.configure(name, option=value)` or `--set name.option=value`. How to write a pass of
-your own: [write-a-pass.md](write-a-pass.md).
+`quantize_cache` only where `quantization=` and the `dtype` of the KV cache ask for them, `shard` where several ranks share
+layers. What one of them does to a model is shown by `autodeploy inspect MODEL --diff PASS`. The effect is what a pass may
+change beside the graph, and is checked each time it runs. Options are set with `pipeline.configure(name, option=value)` or
+`--set name.option=value`. How to write a pass of your own: [write-a-pass.md](write-a-pass.md).
 """
 
 

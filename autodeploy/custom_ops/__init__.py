@@ -26,6 +26,7 @@ from autodeploy.custom_ops.moe import expert_linear, moe
 from autodeploy.custom_ops.op import PROVIDED, SEMANTIC_OPS, Provider, SemanticOp, provider_at_work, semantic_op, symbolic
 from autodeploy.custom_ops.pointwise import add_rms_norm, gated_activation, layer_norm, rms_norm, rope
 from autodeploy.custom_ops.scan import linear_scan, selective_scan, ssd
+from autodeploy.custom_ops.stages import receive, send
 
 __all__ = [
     "COLLECTIVES",
@@ -52,12 +53,14 @@ __all__ = [
     "moe",
     "paged_attention",
     "provider_at_work",
+    "receive",
     "register_attention_backend",
     "rms_norm",
     "rope",
     "rope_append",
     "selective_scan",
     "semantic_op",
+    "send",
     "sharded_embedding",
     "sharded_rms_norm",
     "ssd",

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from autodeploy.custom_ops.collectives import set_group
+from autodeploy.custom_ops.stages import ProcessLink, set_link
 from autodeploy.errors import ConfigError
 from autodeploy.specs import Mesh
 
@@ -30,8 +31,11 @@ def refuse_second_group() -> None:
         )
 
 
-def join(mesh: Mesh, rank: int, device: str, rendezvous: str, timeout: float) -> None:
-    """Meet the other ranks. rendezvous: file:// of a file that all can open, tcp:// of the store of rank 0, or `ENVIRONMENT`."""
+def join(mesh: Mesh, rank: int, device: str, rendezvous: str, timeout: float) -> Any:
+    """Meet the other ranks. rendezvous: file:// of a file that all can open, tcp:// of the store of rank 0, or `ENVIRONMENT`.
+
+    The result is the group of rank 0 and the rank that sends it the logits, where those are two.
+    """
     backend, index = ("nccl", torch.device(device)) if device.startswith("cuda") else ("gloo", None)
     wait = timedelta(seconds=timeout + SLACK)
     with _on_loopback() if rendezvous.startswith("file://") else _as_it_is():
@@ -40,12 +44,16 @@ def join(mesh: Mesh, rank: int, device: str, rendezvous: str, timeout: float) ->
         )
         stages = [list(range(stage * mesh.tp, (stage + 1) * mesh.tp)) for stage in range(mesh.pp)]
         groups = [dist.new_group(ranks, timeout=wait) for ranks in stages] if mesh.pp > 1 else [dist.group.WORLD]
+        ends = dist.new_group([0, mesh.logits_rank], timeout=wait) if mesh.pp > 1 else None
     set_group(groups[mesh.stage(rank)])
+    set_link(ProcessLink(rank - mesh.tp, rank + mesh.tp))
+    return ends
 
 
 def leave() -> None:
     """No harm when there is no group."""
     set_group(None)
+    set_link(None)
     if dist.is_initialized():
         dist.destroy_process_group()
 

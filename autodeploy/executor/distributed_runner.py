@@ -1,9 +1,9 @@
-"""One model on several ranks: each loads its share of the weights, and every step is done by all of them at once."""
+"""One model on several ranks: each loads its share of the weights, and every step is done by all of them."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,10 +24,12 @@ from autodeploy.executor.cuda_graphs import GraphOptions
 from autodeploy.executor.memory import free_memory
 from autodeploy.executor.model_runner import ModelRunner
 from autodeploy.executor.request import Request
+from autodeploy.executor.staged_steps import Forward as StepForward
+from autodeploy.executor.staged_steps import LogitsKind, forward_of
 from autodeploy.program import Program
 from autodeploy.recipes import Initial, Leaf
 from autodeploy.shards import plan_of_rank
-from autodeploy.specs import BatchMetadata, Mesh
+from autodeploy.specs import BatchMetadata, CacheSpec, Mesh
 
 
 @dataclass(frozen=True)
@@ -53,9 +55,18 @@ class DistributedRunner:
 
     can_chunk, reads_entries = True, False
 
-    def __init__(self, local: ModelRunner, ranks: Ranks, launch: Launch, num_threads: int) -> None:
-        """num_threads: of torch, to be had again at the end."""
+    def __init__(
+        self,
+        local: ModelRunner,
+        forward: StepForward,
+        ranks: Ranks,
+        launch: Launch,
+        num_threads: int,
+        stage_caches: Sequence[Collection[CacheSpec]],
+    ) -> None:
+        """forward: how this rank does a step. num_threads: of torch, to be had again at the end."""
         self.local, self.ranks, self._launch, self._num_threads = local, ranks, launch, num_threads
+        self._forward, self.stage_caches = forward, stage_caches
         self.rope_thresholds = local.rope_thresholds
         self._is_open = True
 
@@ -79,7 +90,7 @@ class DistributedRunner:
         """One step of all ranks. Raises EngineDeadError when it fails: the others may be in the middle of it."""
         with self.ranks.step():
             self.ranks.send(Forward.of(batch))
-            return self.local.forward(batch, rows)
+            return self._forward(batch, rows)
 
     def forget(self, request: Request) -> None:
         self.local.forget(request)
@@ -118,14 +129,20 @@ def start_ranks(
                 ranks.die(f"rank {rank} has another program than the one it was sent")
                 raise EngineDeadError(ranks.death)
         ranks.send(Join())
-        join(mesh, 0, device, launch.rendezvous, options.timeout)
+        ends = join(mesh, 0, device, launch.rendezvous, options.timeout)
     except BaseException:
         ranks.shutdown()
         leave()
         launch.close()
         torch.set_num_threads(num_threads)
         raise
-    return DistributedRunner(local, ranks, launch, num_threads)
+    forward = forward_of(local, mesh, 0, ends, _logits_of(stages[-1].program) if mesh.pp > 1 else None)
+    return DistributedRunner(local, forward, ranks, launch, num_threads, [stage.program.caches.values() for stage in stages])
+
+
+def _logits_of(program: Program) -> LogitsKind:
+    (output,) = program.graph.graph.output_node().all_input_nodes
+    return LogitsKind(output.meta["val"].shape[-1], output.meta["val"].dtype)
 
 
 def load_rank(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from autodeploy.errors import ConfigError
@@ -20,6 +20,8 @@ class PoolSizes:
     page_size: int
     max_step: int
     """The most tokens of one request that one step computes."""
+    shares: Sequence[Collection[CacheSpec]] = ()
+    """What of `specs` each stage has; empty where there is one."""
 
     def units(self, num_pages: int) -> dict[str, int]:
         """Pages of each pool and slots of the states, their scratch units included."""
@@ -36,8 +38,11 @@ class PoolSizes:
         return num_pages
 
     def num_bytes(self, num_pages: int) -> int:
+        """On a rank of the stage with the most."""
         units = self.units(num_pages)
-        return sum(spec.bytes_per_unit(self.page_size) * units[spec.pool] for spec in self.specs)
+        return max(
+            sum(spec.bytes_per_unit(self.page_size) * units[spec.pool] for spec in own) for own in self.shares or [self.specs]
+        )
 
     def num_pages(self, max_tokens: int | None, max_bytes: int) -> int:
         """Pages for all requests at full length, or what tokens and bytes allow. Raises ConfigError when that is none."""

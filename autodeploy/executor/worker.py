@@ -34,6 +34,8 @@ from autodeploy.executor.distributed_runner import load_rank, share_cores
 from autodeploy.executor.memory import free_memory
 from autodeploy.executor.model_runner import ModelRunner
 from autodeploy.executor.packing import returning_blocks
+from autodeploy.executor.staged_steps import Forward as StepForward
+from autodeploy.executor.staged_steps import forward_of
 from autodeploy.program import decode_program
 
 TICK = 0.5
@@ -70,9 +72,10 @@ def serve(channel: Channel, rank: int, place: Place, parent: int = 0) -> None:
         room = free_memory(device) // (place.num_local if device == "cpu" else 1)
         channel.send(Ready(digest_of(start.program), runner.weight_bytes, room))
         channel.receive()  # `Join`: the others are ready too
-        join(mesh_of(start), rank, device, start.rendezvous, start.timeout)
+        mesh = mesh_of(start)
+        ends = join(mesh, rank, device, start.rendezvous, start.timeout)
         del start
-        _follow(channel, runner, watch)
+        _follow(channel, runner, forward_of(runner, mesh, rank, ends), watch)
         leave()
         watch.end()
         channel.close()
@@ -98,12 +101,12 @@ def _load(start: Start, rank: int, place: Place) -> tuple[ModelRunner, str]:
         return load_rank(decode_program(start.program), source, mesh_of(start), rank, device, graphs), device
 
 
-def _follow(channel: Channel, runner: ModelRunner, watch: Watch) -> None:
+def _follow(channel: Channel, runner: ModelRunner, forward: StepForward, watch: Watch) -> None:
     while True:
         match channel.receive():
             case Forward() as step:
                 with watch.step():
-                    runner.forward(step.batch, [])
+                    forward(step.batch, [])
             case Allocate(num_units, page_size):
                 runner.allocate(num_units, page_size)
             case Capture(num_pages):

@@ -35,6 +35,21 @@ class Estimate:
         return max(parts, key=parts.__getitem__)
 
 
+def one_after_the_other(parts: Sequence[Estimate]) -> Estimate:
+    """Of the same tokens through several programs."""
+    flop = {dtype: sum(part.flop.get(dtype, 0.0) for part in parts) for dtype in {each for part in parts for each in part.flop}}
+    return Estimate(
+        requests=parts[0].requests,
+        tokens=parts[0].tokens,
+        read_bytes=sum(part.read_bytes for part in parts),
+        flop=flop,
+        read_seconds=sum(part.read_seconds for part in parts),
+        flop_seconds=sum(part.flop_seconds for part in parts),
+        collective_seconds=sum(part.collective_seconds for part in parts),
+        fits=all(part.fits for part in parts),
+    )
+
+
 def estimate(steps: Sequence[Step], works: Sequence[Work], device: Device, num_ranks: int, fits: bool) -> Estimate:
     """Of steps one after the other."""
     read = [work.weight_bytes + work.cache_bytes for work in works]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from autodeploy.custom_ops.gpu import has_triton
 from autodeploy.errors import ConfigError
 from autodeploy.executor.pool_sizes import PoolSizes
 from autodeploy.plan.devices import Device
-from autodeploy.plan.estimate import Estimate, estimate
+from autodeploy.plan.estimate import Estimate, estimate, one_after_the_other
 from autodeploy.plan.weights import Group, groups
 from autodeploy.plan.work import Counting, Step, Work
 from autodeploy.plan.workspace import workspace_bytes
@@ -23,6 +24,7 @@ from autodeploy.program import Program
 from autodeploy.program_cache import Lowered
 from autodeploy.report.timeline import Timeline
 from autodeploy.specs import Mesh, Target, bytes_per_request, bytes_per_token
+from autodeploy.transforms.split_stages import split_stages
 
 HALF = ("bfloat16", "float16")
 MACHINE = 8
@@ -77,8 +79,6 @@ class Plan:
 
 def lower_for(args: LLMArgs, mesh: Mesh, timeline: Timeline) -> Lowered:
     """The program that each rank of a layout runs, from config.json alone. Raises ConfigError for a layout there is none for."""
-    if mesh.pp > 1:
-        raise ConfigError(f"--pp {mesh.pp}: layers are not divided over stages yet. Use --pp 1 and a larger --tp.")
     if mesh.tp % mesh.ep:
         raise ConfigError(f"--ep {mesh.ep} does not divide --tp {mesh.tp}: experts are dealt out to groups of these ranks.")
     target = Target(args.device, args.kv_cache_config.page_size, mesh)
@@ -121,6 +121,36 @@ def plan_program(
         prefill=estimate(prefill, list(map(counting.work, prefill)), device, mesh.tp, tokens > 0),
         notes=tuple(_notes(program, args, mesh)),
     )
+
+
+def plan_stages(
+    program: Program, args: LLMArgs, device: Device, mesh: Mesh, context: int, requests: Sequence[int] = (1, 8, 64)
+) -> Plan:
+    """As `plan_program`, of a program that is cut into stages: the stage that needs most, and steps through all of them."""
+    plans = [plan_program(stage, args, device, mesh, context, requests) for stage in split_stages(program, mesh.pp)]
+    largest = max(plans, key=lambda plan: plan.needed_bytes)
+    if mesh.pp == 1:
+        return largest
+    return replace(
+        largest,
+        cache_tokens=min(plan.cache_tokens for plan in plans),
+        collectives=_together(plans),
+        decode=tuple(one_after_the_other(steps) for steps in zip(*(plan.decode for plan in plans), strict=True)),
+        prefill=one_after_the_other([plan.prefill for plan in plans]),
+        notes=(
+            *largest.notes,
+            f"weights and memory are those of stage {plans.index(largest)} of {mesh.pp}, which needs most; a step goes through "
+            "all stages, and what is sent between them is not in the bounds",
+        ),
+    )
+
+
+def _together(plans: Sequence[Plan]) -> tuple[Collective, ...]:
+    """Collectives of all stages, those that are alike as one."""
+    counts = Counter[tuple[str, int]]()
+    for each in (each for plan in plans for each in plan.collectives):
+        counts[each.op, each.num_bytes] += each.count
+    return tuple(Collective(op, count, num_bytes) for (op, num_bytes), count in sorted(counts.items()))
 
 
 def pages_of(tokens: int, page_size: int) -> int:
