@@ -17,11 +17,11 @@ from autodeploy._compile import trace
 from autodeploy._lower import lower
 from autodeploy.cli import app
 from autodeploy.config import LLMArgs
-from autodeploy.errors import ConfigError
+from autodeploy.errors import ConfigError, UnsupportedModelError
 from autodeploy.executor.model_runner import ModelRunner
 from autodeploy.plan.devices import COLLECTIVE_SECONDS, DEVICES, device_named
 from autodeploy.plan.estimate import collective_seconds
-from autodeploy.plan.plan import Plan, lower_for, plan_program, refuse_what_does_not_fit
+from autodeploy.plan.plan import Plan, lower_for, plan_program, plan_stages, refuse_what_does_not_fit
 from autodeploy.plan.weights import stored_bytes
 from autodeploy.plan.work import Step
 from autodeploy.plan.workspace import workspace_bytes
@@ -43,7 +43,7 @@ def written(config: Any, folder: Path, dtype: str = "bfloat16") -> Path:
 
 def plan_of(folder: Path | str, mesh: Mesh = Mesh(), context: int = 128, **options: Any) -> Plan:  # noqa: B008, it is frozen
     args = LLMArgs(model=folder, device="cuda", max_batch_size=64, **options)
-    return plan_program(lower_for(args, mesh, Timeline(show=False)).program, args, H200, mesh, context)
+    return plan_stages(lower_for(args, mesh, Timeline(show=False)).program, args, H200, mesh, context)
 
 
 def test_llama_of_8b_by_hand(tmp_path: Path) -> None:
@@ -166,6 +166,18 @@ def test_ranks_of_a_model_with_experts(tmp_path: Path) -> None:
     assert not whole.collectives and not rank.notes
 
 
+def test_stages_divide_what_is_held_but_not_what_a_token_goes_through(tmp_path: Path) -> None:
+    folder = written(make_model("llama", num_hidden_layers=4).config, tmp_path)
+    whole, stage = plan_of(folder), plan_of(folder, Mesh(pp=2))
+    assert 0.5 <= stage.weight_bytes / whole.weight_bytes < 0.6
+    assert stage.cache_bytes_per_token == whole.cache_bytes_per_token / 2
+    assert stage.decode[0].flop == whole.decode[0].flop
+    assert stage.decode[0].read_bytes == pytest.approx(whole.decode[0].read_bytes, rel=0.01)
+    assert "of 2, which needs most" in stage.notes[-1]
+    with pytest.raises(UnsupportedModelError, match="Use pipeline_parallel_size"):
+        plan_of(folder, Mesh(pp=64))
+
+
 def test_ranks_that_nothing_divides_are_noted(tmp_path: Path) -> None:
     folder = written(make_model("llama").config, tmp_path)
     plan = plan_of(folder, Mesh(tp=2), pipeline=lambda pipeline: pipeline.without("shard"))
@@ -244,7 +256,6 @@ def test_a_layout_that_does_not_fit_is_refused_with_what_takes_most(tmp_path: Pa
     ("options", "message"),
     [
         (("--gpu", "h20"), r"--gpu h20: no such GPU in the table\. Did you mean 'h200'\? Known: h100, h200"),
-        (("--pp", "2"), "--pp 2: layers are not divided over stages yet. Use --pp 1 and a larger --tp"),
         (("--tp", "8", "--ep", "3"), "--ep 3 does not divide --tp 8"),
         (("--quantization", "int3"), "it is none of int8, w8a8, int4"),
     ],

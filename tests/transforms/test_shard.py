@@ -18,6 +18,7 @@ from autodeploy.specs import Mesh, Target
 from autodeploy.transforms.plan_sharding import plan_sharding
 from autodeploy.transforms.rewrite import aten, calls, val
 from autodeploy.transforms.shard import ShardModel
+from benchmarks import shard_plans
 from tests.models.families import FAMILIES
 from tests.transforms.sharding import canonical, shared
 
@@ -122,6 +123,17 @@ def test_heads_that_ranks_do_not_divide_are_padded() -> None:
     found = shared("llama", Mesh(4), num_attention_heads=6, num_key_value_heads=3, hidden_size=48)
     assert {val(node.args[0]).shape[1] for node in calls(found.program, ops.attention)} == {2}
     found.compare()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("num_ranks", [8, 64])
+@pytest.mark.parametrize("name", shard_plans.CONFIGS)
+def test_large_models_on_many_ranks(name: str, num_ranks: int) -> None:
+    found = shard_plans.in_own_process(name, num_ranks)
+    assert found["total"] <= shard_plans.LIMIT
+    assert (found["refused"], found["differs"]) == ({}, [])
+    assert found["shared"] > 0.98 * (1 - 1 / num_ranks)
 
 
 # Wrong programs, made wrong after the pass
