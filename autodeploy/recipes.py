@@ -17,6 +17,12 @@ Ranges = tuple[tuple[tuple[int, int], ...], ...]
 """Of each rank, the (start, stop) that it has of a dim, in the order in which they lie there; (-n, 0) stands for n zeros."""
 
 
+def shown(ranges: Ranges) -> str:
+    """0:8|8:16; the first four ranks."""
+    few = "|".join("+".join(f"{start}:{stop}" for start, stop in own) for own in ranges[:4])
+    return few + ("|..." if len(ranges) > 4 else "")
+
+
 @dataclass(frozen=True)
 class Recipe:
     """One step from sources to a tensor; a leaf has none. `str()` is the formula shown in program text."""
@@ -156,8 +162,7 @@ class Shard(Unary):
     ranges: Ranges
 
     def __str__(self) -> str:
-        shown = "|".join("+".join(f"{start}:{stop}" for start, stop in own) for own in self.ranges[:4])
-        return f"shard({self.source}, dim={self.dim}, {shown}{'|...' if len(self.ranges) > 4 else ''})"
+        return f"shard({self.source}, dim={self.dim}, {shown(self.ranges)})"
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from autodeploy.recipes import Ranges, Recipe, Shard
+from autodeploy.recipes import Ranges, Recipe, Shard, shown
 from autodeploy.transforms.ranges import local_size
 
 MANY_TOKENS = 1_000_003
@@ -96,12 +96,6 @@ def plain(layout: Any, value: Any) -> Any:
     return layout if len(dims) == len(layout.dims) else layout.moved(dims)
 
 
-def shown(ranges: Ranges) -> str:
-    """0:8|8:16; the first four ranks."""
-    few = "|".join("+".join(f"{start}:{stop}" for start, stop in own) for own in ranges[:4])
-    return few + ("|..." if len(ranges) > 4 else "")
-
-
 def layout_of_recipe(recipe: Recipe, whole: Recipe, rank: int) -> Layout | None:
     """What a parameter's recipe gives ranks of the whole one; None where it is made of something else."""
     dims = dict[int, Ranges]()
@@ -160,15 +154,8 @@ class Site:
         fx.map_arg(tuple(self.args.values()), lambda node: found.setdefault(node))
         return [node for node in found if isinstance(self.value(node), Tensor | list | tuple)]
 
-    def refuse(self, reason: str, argument: Any = None) -> Unshardable:
-        return Unshardable(reason, argument)
-
     def whole(self, *arguments: Any) -> None:
         """Raises Unshardable for an argument that ranks have no more than a part of."""
         for argument in arguments:
             if isinstance(argument, fx.Node) and not self.layout(argument).is_whole:
                 raise Unshardable(f"it needs all of {argument.name}, and ranks have {self.layout(argument)}", argument)
-
-
-def rank_of(value: Any) -> int:
-    return value.dim() if isinstance(value, torch.Tensor) else 0

@@ -6,25 +6,26 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import networkx as nx
-from torch import Tensor, fx
+from torch import fx
 
 from autodeploy import custom_ops as ops
 from autodeploy.program import Program
 from autodeploy.recipes import Ranges
 from autodeploy.specs import Mesh
 from autodeploy.transforms.layouts import WHOLE, Demand, Layout, Site, Unshardable, extent, plain, without_whole
-from autodeploy.transforms.ranges import Unaligned, clipped, even, followed_by, is_partition, shifted
+from autodeploy.transforms.ranges import Unaligned, clipped, even, followed_by, is_partition, once, shifted
 from autodeploy.transforms.rewrite import arguments, aten, val
+from autodeploy.transforms.shard_layers import Experts, Headed
 from autodeploy.transforms.shard_plan import ShardPlan
-from autodeploy.transforms.shard_rules import Experts, Headed, Linear, Pointwise, RMSNorm, is_core, once, rule_of
+from autodeploy.transforms.shard_rules import Linear, Pointwise, RMSNorm, is_core, rule_of
+from autodeploy.transforms.spine import ends_a_layer, head_of, inputs_of, is_parameter, reads_ids, spine_of
 
 Owners = frozenset[fx.Node]
 """Cores and closing linears on whose account a value is shared."""
 NOBODY: Owners = frozenset()
 
 
-def plan_sharding(program: Program, mesh: Mesh, replicate: tuple[fx.Node, ...] = ()) -> ShardPlan:
+def plan_sharding(program: Program, mesh: Mesh) -> ShardPlan:
     """Share every layer among `mesh.tp` ranks.
 
     Heads belong to attention and recurrent calls ("cores"); a linear that what they give flows into, or that ends an MLP, has its
@@ -75,12 +76,12 @@ class Planner:
 
     def _share_vocabulary(self) -> None:
         """Rows of the embedding table, and of the linear that makes the logits."""
-        head = _head(self.program)
-        tables = [node for node in self.nodes if node.target is aten.embedding.default and _reads_ids(node)]
+        head = head_of(self.program)
+        tables = [node for node in self.nodes if node.target is aten.embedding.default and reads_ids(node)]
         for node in [*([] if head is None else [head]), *tables]:
             given = arguments(node)
             weight, bias = given["weight"], given.get("bias")
-            if node in self.refused or not _is_parameter(weight) or (str(weight.target) in self.parameters and node is not head):
+            if node in self.refused or not is_parameter(weight) or (str(weight.target) in self.parameters and node is not head):
                 continue
             rows = even(val(weight).shape[0], self.mesh.tp)
             self._assign(weight, Layout({0: rows}), frozenset({node}))
@@ -110,7 +111,7 @@ class Planner:
 
     def _unit(self, weight: fx.Node) -> int:
         """Columns of a weight that are only to be had together."""
-        form = self.program.weights.format_of(str(weight.target)) if _is_parameter(weight) else None
+        form = self.program.weights.format_of(str(weight.target)) if is_parameter(weight) else None
         return 1 if form is None else max(form.block[1], 1)
 
     # Linears whose columns are dealt out
@@ -144,9 +145,9 @@ class Planner:
                 isinstance(rule_of(node.target), Linear)
                 and node not in reached
                 and node not in self.refused
-                and _ends(node, spine)
+                and ends_a_layer(node, spine)
             ):
-                columns, weight = _inputs(node)
+                columns, weight = inputs_of(node)
                 yield node, even(columns, self.mesh.tp, self._unit(weight)), frozenset({node})
 
     def _carried(self, node: fx.Node, flowing: Mapping[fx.Node, Any]) -> Mapping[int, Ranges] | None:
@@ -295,7 +296,7 @@ class Derivation:
         x, weight, bias = rule.parts(arguments(node))
         last = val(x).dim() - 1
         columns = layouts.get(x, WHOLE).dims.get(last)
-        if columns is None or weight in layouts or not _is_parameter(weight) or not is_partition(columns, val(x).shape[last]):
+        if columns is None or weight in layouts or not is_parameter(weight) or not is_partition(columns, val(x).shape[last]):
             return
         self.planner.close(rule, weight, bias, columns, self.owners[node])
         for parameter in (weight, bias):
@@ -316,84 +317,3 @@ class Derivation:
     def _conflict(self, node: fx.Node, error: Exception) -> _Conflict:
         owners = self.owners.get(node, NOBODY) | self.planner.owners.get(node, NOBODY)
         return _Conflict(node, str(error), owners)
-
-
-# The shape of a model
-
-
-def spine_of(program: Program) -> set[fx.Node]:
-    """What every path from the embedding of a token to its logits goes through: the sums at which layers join the residual."""
-    graph = program.graph.graph
-    tables = [node for node in graph.nodes if node.target is aten.embedding.default and _reads_ids(node)]
-    if not tables:
-        return set()
-    edges = nx.DiGraph()
-    seen, todo = {tables[0]}, [tables[0]]
-    while todo:
-        node = todo.pop()
-        for user in node.users:
-            edges.add_edge(node, user)
-            if user not in seen:
-                seen.add(user)
-                todo.append(user)
-    dominators = nx.immediate_dominators(edges, tables[0])
-    node, spine = graph.output_node(), set[fx.Node]()
-    while node in dominators and node is not tables[0] and node not in spine:
-        spine.add(node)
-        node = dominators[node]
-    return spine | {tables[0]}
-
-
-def _inputs(linear: fx.Node) -> tuple[int, fx.Node]:
-    """How many numbers a linear reads, and its weight."""
-    rule = rule_of(linear.target)
-    assert isinstance(rule, Linear)
-    weight = rule.parts(arguments(linear))[1]
-    return val(weight).shape[rule.inputs], weight
-
-
-def _ends(linear: fx.Node, spine: set[fx.Node]) -> bool:
-    """Whether a linear of linears is the last one before the residual."""
-    rule = rule_of(linear.target)
-    assert isinstance(rule, Linear)
-    return (
-        _is_parameter(rule.parts(arguments(linear))[1])
-        and _meets(linear, spine, forward=False)
-        and not _meets(linear, spine, forward=True)
-    )
-
-
-def _meets(linear: fx.Node, spine: set[fx.Node], *, forward: bool) -> bool:
-    """Whether there is another linear, or heads or experts, between this one and the spine."""
-    seen, todo = set[Any](), list[Any](linear.users if forward else linear.all_input_nodes)
-    while todo:
-        node = todo.pop()
-        if node in seen or node in spine or not isinstance(node, fx.Node):
-            continue
-        seen.add(node)
-        if isinstance(rule_of(node.target), Linear | Headed | Experts):
-            return True
-        todo += list(node.users) if forward else node.all_input_nodes
-    return False
-
-
-def _head(program: Program) -> fx.Node | None:
-    """The linear that makes the logits, if only pointwise work follows it."""
-    node: Any = program.graph.graph.output_node().args[0]
-    while isinstance(node, fx.Node) and node.op == "call_function":
-        if isinstance(rule_of(node.target), Linear):
-            return node
-        streams = [arg for arg in node.all_input_nodes if isinstance(val(arg), Tensor) and val(arg).dim() == val(node).dim()]
-        if not isinstance(rule_of(node.target), Pointwise) or len(streams) != 1:
-            return None
-        node = streams[0]
-    return None
-
-
-def _reads_ids(node: fx.Node) -> bool:
-    indices = arguments(node)["indices"]
-    return isinstance(indices, fx.Node) and indices.op == "placeholder" and indices.name == "input_ids"
-
-
-def _is_parameter(node: Any) -> bool:
-    return isinstance(node, fx.Node) and node.op == "get_attr"

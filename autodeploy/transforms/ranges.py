@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import cache
 from itertools import pairwise
 from math import prod
@@ -152,6 +152,11 @@ def _first(ranges: Ranges, count: int, size: int) -> Ranges:
     return clipped(ranges, 0, size)[0]
 
 
-def mapped(ranges: Ranges, function: Callable[[int, int], tuple[int, int]]) -> Ranges:
-    """Each range that is no zeros, through a function."""
-    return ranges_of((function(*pair) if pair[0] >= 0 else pair for pair in own) for own in ranges)
+def once(size: int, num_ranks: int, holders: Collection[int] = (0,)) -> Ranges:
+    """All of a dim for some ranks, zeros for the others."""
+    return tuple(((0, size),) if rank in holders else ((-size, 0),) for rank in range(num_ranks))
+
+
+def is_once(ranges: Ranges | None, size: int) -> bool:
+    """Whether one rank has all of a dim, and the others zeros."""
+    return ranges is not None and sorted(ranges) == sorted(once(size, len(ranges)))

@@ -397,7 +397,3 @@ _NAMES: dict[type[Rule], str] = {
 }
 MOVES: dict[Any, Rule] = {named_op(name): kind() for kind, names in _NAMES.items() for name in names.split()}
 MOVES |= {operator.getitem: Item(), **dict.fromkeys(SPLITS, Split())}
-
-
-def is_list(node: fx.Node) -> bool:
-    return isinstance(val(node), list | tuple)
