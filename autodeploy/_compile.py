@@ -139,7 +139,9 @@ def pipeline_of(args: LLMArgs) -> Pipeline:
     """The passes that these options ask for."""
     from autodeploy.plugins import edited_pipeline
 
-    return edited_pipeline(args.pipeline, args.plugins, _target(args), args.quantization, args.kv_cache_config.dtype)
+    return edited_pipeline(
+        args.pipeline, args.plugins, _target(args), args.quantization, args.kv_cache_config.dtype, args.shard_plan
+    )
 
 
 def _device(args: LLMArgs) -> str:

@@ -47,6 +47,8 @@ def lower(
     with timeline.phase("export"):
         captured = capture(origin.skeleton, origin.buffers)
     captured.program.weights = replace(captured.program.weights, formats=origin.formats)
+    if "shard" in pipeline.names() and (hints := getattr(origin.skeleton, "tp_plan", None)):
+        pipeline = pipeline.configure("shard", hints=hints)
     for observe in observers:
         observe(captured.program, PassRecord("export", 0, timeline.seconds["export"], {}))
     verify = args.verify

@@ -28,6 +28,9 @@ _DTYPE_ALIASES = {
 }
 
 
+SHARE_KINDS = ("replicate", "column", "row", "vocabulary", "expert", "part")
+
+
 def _dtype_name(value: object) -> str:
     """Bare name of a dtype given as a string or as a `torch.dtype`."""
     name = str(value).removeprefix("torch.")
@@ -387,6 +390,11 @@ class LLMArgs(_Options):
     distributed_timeout: float = Field(
         default=60.0, gt=0.0, allow_inf_nan=False, description="the seconds after which a step of several ranks counts as hung"
     )
+    shard_plan: Any = Field(
+        default=None,
+        description="how ranks share parameters: a dict of name patterns (* stands for anything) and kinds (replicate, column, "
+        "row, vocabulary, expert or part), or a YAML file of one; None is what the graph says",
+    )
     max_seq_len: int | None = Field(
         default=None, ge=1, description="the most tokens of one request, prompt and output; None is the model's"
     )
@@ -443,6 +451,23 @@ class LLMArgs(_Options):
             raise ValueError("plugins are named by text; give a function from Pipeline to Pipeline as pipeline=function")
         return names
 
+    @field_validator("shard_plan", mode="before")
+    @classmethod
+    def _read_shard_plan(cls, value: object) -> object:
+        if isinstance(value, str | Path):
+            import yaml  # late: few starts need it
+
+            try:
+                value = yaml.safe_load(Path(value).expanduser().read_text(encoding="utf-8"))
+            except (OSError, ValueError, yaml.YAMLError) as error:
+                raise ValueError(f"the file cannot be read ({error}); write lines such as '*.mlp.*: replicate'") from error
+        if value is not None and not (isinstance(value, dict) and all(isinstance(name, str) for name in value)):
+            raise ValueError("it maps patterns of parameter names to kinds, such as {'*.mlp.*': 'replicate'}")
+        for kind in (value or {}).values():
+            if kind not in SHARE_KINDS:
+                raise ValueError(f"'{kind}' is none of {', '.join(SHARE_KINDS)}.{did_you_mean(str(kind), SHARE_KINDS)}")
+        return value
+
     @field_validator("kv_cache_config", mode="before")
     @classmethod
     def _default_kv_cache(cls, value: object) -> object:
@@ -481,6 +506,8 @@ class LLMArgs(_Options):
                 f"moe_expert_parallel_size={mesh.ep} does not divide tensor_parallel_size={mesh.tp}, whose ranks the experts are "
                 "dealt out to; choose a divisor"
             )
+        if self.shard_plan is not None and mesh.tp == 1:
+            raise ValueError("shard_plan is for ranks that share layers; give tensor_parallel_size=2 or more, or leave it out")
         if mesh.size > 1 and self.backend == "pytorch":
             raise ValueError("backend='pytorch' runs in one process; leave the parallel sizes out, or use backend='autodeploy'")
         if mesh.size > 1 and ":" in self.device:

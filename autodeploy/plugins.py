@@ -7,7 +7,7 @@ A plugin is a function from Pipeline to Pipeline. A package offers one under a n
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
@@ -29,7 +29,12 @@ Plugin = Callable[[Pipeline], Pipeline]
 
 
 def edited_pipeline(
-    given: Any, plugins: Sequence[str], target: Target, quantization: QuantConfig | None = None, cache_dtype: str = "auto"
+    given: Any,
+    plugins: Sequence[str],
+    target: Target,
+    quantization: QuantConfig | None = None,
+    cache_dtype: str = "auto",
+    shard_plan: Mapping[str, str] | None = None,
 ) -> Pipeline:
     """The default pipeline or the one given, as the plugins and then the function given edit it. Raises ConfigError."""
     quantize = None if quantization is None else QuantizeWeights(**quantization.rounding)
@@ -40,6 +45,8 @@ def edited_pipeline(
             reason = f"{what} edits the default pipeline; put a {type(item).__name__} pass into the one that is given"
             raise ConfigError(reason)
     default = given if isinstance(given, Pipeline) else default_pipeline(target, quantize, quantize_cache)
+    if shard_plan is not None:
+        default = default.configure("shard", rules=shard_plan)
     edited = apply_plugins(default, plugins)
     if given is None or isinstance(given, Pipeline):
         return edited

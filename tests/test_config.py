@@ -3,6 +3,7 @@
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
@@ -253,3 +254,19 @@ def test_errors_say_where_and_survive_pickling() -> None:
 def test_did_you_mean() -> None:
     assert did_you_mean("tempereture", ["temperature", "top_p"]) == " Did you mean 'temperature'?"
     assert did_you_mean("zzz", ["temperature"]) == ""
+
+
+def test_a_shard_plan_is_a_dict_or_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "plan.yaml"
+    file.write_text("'*.mlp.*': replicate\n")
+    args = LLMArgs(model="x", tensor_parallel_size=2, shard_plan=str(file))
+    assert args.shard_plan == LLMArgs(model="x", tensor_parallel_size=2, shard_plan={"*.mlp.*": "replicate"}).shard_plan
+    for wrong, message in (
+        ({"*.mlp.*": "replicated"}, "Did you mean 'replicate'"),
+        (tmp_path / "none.yaml", "cannot be read"),
+        (["replicate"], "maps patterns of parameter names to kinds"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            LLMArgs(model="x", tensor_parallel_size=2, shard_plan=wrong)
+    with pytest.raises(ConfigError, match="give tensor_parallel_size=2 or more"):
+        LLMArgs(model="x", shard_plan={"*.mlp.*": "replicate"})

@@ -82,7 +82,9 @@ def lower_for(args: LLMArgs, mesh: Mesh, timeline: Timeline) -> Lowered:
     if mesh.tp % mesh.ep:
         raise ConfigError(f"--ep {mesh.ep} does not divide --tp {mesh.tp}: experts are dealt out to groups of these ranks.")
     target = Target(args.device, args.kv_cache_config.page_size, mesh)
-    pipeline = edited_pipeline(args.pipeline, args.plugins, target, args.quantization, args.kv_cache_config.dtype)
+    pipeline = edited_pipeline(
+        args.pipeline, args.plugins, target, args.quantization, args.kv_cache_config.dtype, args.shard_plan
+    )
     return lower(args, pipeline, target, timeline, meta=True)[0]
 
 

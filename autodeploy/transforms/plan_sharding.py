@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from types import MappingProxyType
 from typing import Any
 
 from torch import fx
 
 from autodeploy import custom_ops as ops
+from autodeploy.errors import ConfigError, did_you_mean
 from autodeploy.program import Program
 from autodeploy.recipes import Ranges
 from autodeploy.specs import Mesh
@@ -25,22 +28,57 @@ Owners = frozenset[fx.Node]
 NOBODY: Owners = frozenset()
 
 
-def plan_sharding(program: Program, mesh: Mesh) -> ShardPlan:
+def plan_sharding(program: Program, mesh: Mesh, rules: Mapping[str, str] = MappingProxyType({})) -> ShardPlan:
     """Share every layer among `mesh.tp` ranks.
 
     Heads belong to attention and recurrent calls ("cores"); a linear that what they give flows into, or that ends an MLP, has its
     columns dealt out (its results are terms of a sum), and from there it is followed back which rows of which linears make
     exactly those columns. Then all is derived once more from the parameters on; what does not fit is shared by nobody, and
     named in the plan.
+
+    rules: pattern of parameter names (* stands for anything) -> the kind of share that it must get (`Share.kind`); with
+    "replicate", nothing is shared that the parameter would have to be shared for. Raises ConfigError for one that cannot be met.
     """
-    refused = dict[fx.Node, str]()
+    refused, unwanted = dict[fx.Node, str](), frozenset[fx.Node]()
     while True:
-        planner = Planner(program, mesh, frozenset(refused))
+        planner = Planner(program, mesh, frozenset(refused) | unwanted)
         try:
-            return planner.plan({node.name: reason for node, reason in refused.items()})
+            plan = planner.plan({node.name: reason for node, reason in refused.items()})
         except _Conflict as conflict:
-            assert conflict.owners - set(refused), f"{conflict.node}: {conflict.reason}"
-            refused |= dict.fromkeys(conflict.owners, f"at {conflict.node}: {conflict.reason}")
+            assert conflict.owners - planner.refused, f"{conflict.node}: {conflict.reason}"
+            refused |= dict.fromkeys(conflict.owners - planner.refused, f"at {conflict.node}: {conflict.reason}")
+            continue
+        told = [name for name, kind in _told(plan, rules) if kind == "replicate"]
+        more = [planner.owners[name] for name in told if plan.parameters[name].layout.dims]
+        if not more:
+            _refuse_other_kinds(plan, rules)
+            return plan
+        unwanted = unwanted.union(*more)
+
+
+def _told(plan: ShardPlan, rules: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """(parameter, the kind of the first rule for it), where there is one. Raises ConfigError for a rule that is for none."""
+    for pattern in rules:
+        if not any(_fits(name, pattern) for name in plan.parameters):
+            near = did_you_mean(pattern, list(plan.parameters))
+            raise ConfigError(f"shard_plan: no parameter is called '{pattern}'.{near} `autodeploy plan` shows their names.")
+    for name in plan.parameters:
+        if (kind := next((kind for pattern, kind in rules.items() if _fits(name, pattern)), None)) is not None:
+            yield name, kind
+
+
+def _fits(name: str, pattern: str) -> bool:
+    return fnmatch(name, pattern) or fnmatch(name.removesuffix(".weight"), pattern)
+
+
+def _refuse_other_kinds(plan: ShardPlan, rules: Mapping[str, str]) -> None:
+    for name, kind in _told(plan, rules):
+        share = plan.parameters[name]
+        if share.kind != kind:
+            raise ConfigError(
+                f"shard_plan says {kind} of '{name}', but the graph says {share.kind} ({share.layout}); "
+                "leave it out, or say replicate"
+            )
 
 
 class _Conflict(Exception):

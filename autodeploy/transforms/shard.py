@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -12,15 +12,15 @@ from torch import fx
 from autodeploy import custom_ops as ops
 from autodeploy.custom_ops.op import argument_defaults
 from autodeploy.errors import UnsupportedModelError
-from autodeploy.program import Program
+from autodeploy.program import Choice, Program
 from autodeploy.recipes import Numbers, Ranges, Recipe, Reshape, Shard
 from autodeploy.specs import Target
 from autodeploy.transforms.base import Effect, Transform
 from autodeploy.transforms.layouts import WHOLE, Layout, Site
 from autodeploy.transforms.plan_sharding import plan_sharding
-from autodeploy.transforms.rewrite import arguments, derive_again, fake_mode, insert_call, insert_parameter, val
+from autodeploy.transforms.rewrite import arguments, derive_again, fake_mode, insert_call, insert_parameter, note_choice, val
 from autodeploy.transforms.shard_moves import Created, Expanded
-from autodeploy.transforms.shard_plan import ShardPlan
+from autodeploy.transforms.shard_plan import ShardPlan, disagreements
 from autodeploy.transforms.shard_rules import rule_of
 
 
@@ -36,11 +36,15 @@ class ShardModel(Transform):
     effect: ClassVar[Effect] = Effect.SHARDING
     replicate: bool = False
     """Whether every rank computes all of what cannot be shared; else that is an error."""
+    rules: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Pattern of parameter names -> the kind of share that it must get: replicate, column, row, vocabulary, expert or part."""
+    hints: Mapping[str, str] = field(default_factory=dict[str, str])
+    """transformers' own plan, pattern of module names -> style; where it differs is written down."""
 
     def apply(self, program: Program, target: Target) -> int:
         if target.mesh.tp == 1 or is_sharded(program):
             return 0
-        plan = plan_sharding(program, target.mesh)
+        plan = plan_sharding(program, target.mesh, self.rules)
         if plan.refused and not self.replicate:
             (node, reason), *more = plan.refused.items()
             rest = f" (and {len(more)} more)" if more else ""
@@ -48,6 +52,8 @@ class ShardModel(Transform):
                 f"ranks cannot share {node}: {reason}{rest}. Use tensor_parallel_size=1, or have every rank compute it: "
                 "pipeline=lambda passes: passes.configure('shard', replicate=True)"
             )
+        differing = disagreements(plan, self.hints)
+        note_choice(program, "shard", Choice("plan_sharding", {"transformers": tuple(differing)} if differing else {}))
         return _Rewrite(program, plan).run()
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import fx
 
-from autodeploy import TransformError, UnsupportedModelError
+from autodeploy import ConfigError, TransformError, UnsupportedModelError
 from autodeploy import custom_ops as ops
 from autodeploy.program import Program
 from autodeploy.recipes import Numbers, Recipe, Reshape, Shard
@@ -107,6 +107,35 @@ def test_what_cannot_be_shared_is_named_and_computed_by_all_on_request() -> None
     found = shared("diffllama", Mesh(2), item=ShardModel(replicate=True))
     found.compare()
     assert "model.layers.0.mlp.down_proj.weight" in sharded_names(found.program)
+
+
+def test_a_plan_of_the_users_own_goes_before() -> None:
+    found = shared("llama", TWO, item=ShardModel(rules={"*.0.mlp.up_proj": "replicate", "*.self_attn.o_proj.weight": "row"}))
+    found.compare()
+    names = sharded_names(found.program)
+    assert not [name for name in names if ".0.mlp." in name]  # what would be shared with it is not, either
+    assert {"model.layers.1.mlp.up_proj.weight", "model.layers.0.self_attn.o_proj.weight"} <= names
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        (
+            {"*.self_attn.o_proj": "column"},
+            r"says column of 'model.layers.0.self_attn.o_proj.weight', but .* row \(dim 1",
+        ),
+        ({"*.mlp.upproj": "replicate"}, r"no parameter is called '\*.mlp.upproj'"),
+    ],
+)
+def test_a_plan_that_cannot_be_followed(rules: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        shared("llama", TWO, item=ShardModel(rules=rules))
+
+
+def test_where_transformers_differs_is_written_down() -> None:
+    hints = {"layers.*.mlp.up_proj": "rowwise", "layers.*.mlp.down_proj": "rowwise", "embed_tokens": "embedding_rowwise"}
+    (choice,) = shared("llama", TWO, item=ShardModel(hints=hints)).program.providers["shard"]
+    assert choice.against == {"transformers": ("model.layers.*.mlp.up_proj: column here, row there",)}
 
 
 def sharded_names(program: Program) -> set[str]:
