@@ -70,6 +70,7 @@ def answers(folder: Path, mesh: Mesh) -> tuple[list[list[int]], Tensor]:
         max_seq_len=128,
         tensor_parallel_size=mesh.tp,
         moe_expert_parallel_size=mesh.ep,
+        pipeline_parallel_size=mesh.pp,
     )
     try:
         assert isinstance(compiled.runner, DistributedRunner) == (mesh.size > 1)
@@ -108,6 +109,14 @@ def test_ranks_give_what_one_gives(folders: Path, name: str, num_ranks: int) -> 
 @pytest.mark.parametrize("mesh", [Mesh(2, 2), Mesh(4, 4), Mesh(4, 2)], ids=["ep2", "ep4", "tp4-ep2"])
 @pytest.mark.parametrize("name", WITH_EXPERTS)
 def test_ranks_with_experts_of_their_own(folders: Path, name: str, mesh: Mesh) -> None:
+    check(folder_of(folders, name), mesh)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("mesh", [Mesh(pp=2), Mesh(tp=2, pp=2)], ids=["pp2", "tp2-pp2"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_stages_of_ranks(folders: Path, name: str, mesh: Mesh) -> None:
     check(folder_of(folders, name), mesh)
 
 
