@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from autodeploy.recipes import (
     Cast,
     Cat,
+    Dequantize,
     Fetch,
     Join,
     Pad,
@@ -88,6 +90,8 @@ def narrowed(recipe: Recipe, dim: int, start: int, stop: int, describe: Fetch) -
             return replace(recipe, parts=tuple(inner(part) for part in parts))
         case Cat(parts):
             return _narrowed_join(recipe, start, stop, describe)
+        case Dequantize() if (found := _narrowed_matrix(recipe, dim, start, stop, describe)) is not None:
+            return found
         case Quantize(source, format) if "factor" not in format.parts and _keeps_scales(recipe, dim, start, stop, describe):
             return replace(recipe, source=inner(source))
         case Reshape(source, shape) if (whole := shape_of(source, describe).shape)[:dim] == shape[:dim]:
@@ -116,3 +120,52 @@ def _keeps_scales(recipe: Quantize, dim: int, start: int, stop: int, describe: F
     if dim < rank - 1:
         return rows == 1
     return columns > 0 and start % columns == 0 == stop % columns
+
+
+Box = tuple[int, int, int]
+"""Elements [start, stop) of a dim: (dim, start, stop)."""
+
+
+def _narrowed_matrix(recipe: Dequantize, dim: int, start: int, stop: int, describe: Fetch) -> Dequantize | None:
+    """The same format of a part of a quantized matrix, of parts of what is stored; None where these do not fall on borders."""
+    parts = list[Recipe]()
+    for name, part in zip(recipe.format.parts, recipe.parts, strict=True):
+        box = _stored_box(recipe, name, tuple(shape_of(part, describe).shape), (dim, start, stop))
+        if box is None:
+            return None
+        parts.append(part if box == () else narrowed(part, *box, describe))
+    shape = (*recipe.shape[:dim], stop - start, *recipe.shape[dim + 1 :])
+    return replace(recipe, parts=tuple(parts), shape=shape)
+
+
+def _stored_box(recipe: Dequantize, name: str, stored: tuple[int, ...], box: Box) -> Box | tuple[()] | None:
+    """What of one stored part belongs to a box of the matrix; () is all of it, None that it cannot be told."""
+    form, rank, (dim, start, stop) = recipe.format, len(recipe.shape), box
+    axis = dim - rank
+    match name:
+        case "factor" | "divisor":
+            return () if set(stored) <= {1} else None
+        case "codes":
+            each = CODES_A_WORD.get(form.layout, lambda bits: 0)(form.bits) if axis == -1 else int(form.layout in CODES_A_WORD)
+            counts = recipe.shape[dim] // each if each else 0
+        case "scales":
+            each = form.block[axis] if axis >= -2 else 1
+            if each == 0:
+                return ()
+            counts = -(-recipe.shape[dim] // each)
+        case _:
+            return None
+    if name == "scales" and len(stored) == rank - 1 and axis == -2:  # one for each row
+        stored = (*stored, 1)
+    is_on_borders = each > 0 and start % each == 0 and (stop % each == 0 or stop == recipe.shape[dim])
+    if len(stored) != rank or not is_on_borders or stored[dim] != counts:
+        return None
+    return dim, start // each, -(-stop // each)
+
+
+CODES_A_WORD: dict[str, Callable[[int], int]] = {
+    "plain": lambda bits: 1,
+    "e2m1": lambda bits: 2,
+    "stream": lambda bits: 0 if 32 % bits else 32 // bits,
+}
+"""Layouts whose rows lie one after the other -> how many numbers of a row share one that is stored, by their bits."""
