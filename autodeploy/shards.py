@@ -133,7 +133,10 @@ def _narrowed_matrix(recipe: Dequantize, dim: int, start: int, stop: int, descri
         box = _stored_box(recipe, name, tuple(shape_of(part, describe).shape), (dim, start, stop))
         if box is None:
             return None
-        parts.append(part if box == () else narrowed(part, *box, describe))
+        if box:
+            at, first, last = box
+            part = narrowed(part, at, first, last, describe)
+        parts.append(part)
     shape = (*recipe.shape[:dim], stop - start, *recipe.shape[dim + 1 :])
     return replace(recipe, parts=tuple(parts), shape=shape)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 import autodeploy
 from autodeploy import SamplingParams
 from autodeploy._compile import trace
+from autodeploy.calibrate import quantize
 from autodeploy.checkpoint import CheckpointSource
 from autodeploy.config import LLMArgs
 from autodeploy.executor.distributed_runner import DistributedRunner
@@ -118,6 +119,16 @@ def test_ranks_with_experts_of_their_own(folders: Path, name: str, mesh: Mesh) -
 @pytest.mark.parametrize("name", FAMILIES)
 def test_stages_of_ranks(folders: Path, name: str, mesh: Mesh) -> None:
     check(folder_of(folders, name), mesh)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("scheme", ["int4", "w8a8"])
+def test_ranks_of_a_quantized_checkpoint(folders: Path, scheme: str) -> None:
+    """Written in groups or with a scale for each row; in float64 nothing but the stored numbers is rounded."""
+    folder = folders / scheme
+    quantize(folder_of(folders, "llama"), folder, scheme)
+    check(folder, Mesh(2))
 
 
 # What a rank reads
