@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from autodeploy.custom_ops.op import semantic_op
+from autodeploy.custom_ops.pointwise import weighted
 
 
 class Group(Protocol):
@@ -115,12 +116,7 @@ def sharded_rms_norm(x: Tensor, weight: Tensor | None, eps: float, offset: float
     """`rms_norm` over a last dim of `width` of which this rank has a part; x [..., part], weight [part] or None."""
     wide = x.float() if x.dtype != torch.float64 else x
     mean = all_reduce(wide.pow(2).sum(-1, keepdim=True)) / width
-    normed = wide * torch.rsqrt(mean + eps)
-    if weight is None:
-        return normed.to(x.dtype)
-    if weight_in_float:
-        return (normed * (offset + weight.to(normed.dtype))).to(x.dtype)
-    return (offset + weight if offset else weight) * normed.to(x.dtype)
+    return weighted(wide * torch.rsqrt(mean + eps), x.dtype, weight, offset, weight_in_float)
 
 
 COLLECTIVES = {all_reduce.overload, all_gather.overload, sharded_rms_norm.overload}

@@ -35,11 +35,16 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, offset: float, weight
     """
     wide = x.float() if x.dtype != torch.float64 else x
     normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return weighted(normed, x.dtype, weight, offset, weight_in_float)
+
+
+def weighted(normed: Tensor, dtype: torch.dtype, weight: Tensor | None, offset: float, weight_in_float: bool) -> Tensor:
+    """The end of `rms_norm`: the weight, and the rounding to the dtype of what is normed."""
     if weight is None:
-        return normed.to(x.dtype)
+        return normed.to(dtype)
     if weight_in_float:
-        return (normed * (offset + weight.to(normed.dtype))).to(x.dtype)
-    return (offset + weight if offset else weight) * normed.to(x.dtype)
+        return (normed * (offset + weight.to(normed.dtype))).to(dtype)
+    return (offset + weight if offset else weight) * normed.to(dtype)
 
 
 @semantic_op(fake=_two_like_first)

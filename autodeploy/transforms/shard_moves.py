@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 from typing import Any
@@ -29,7 +30,6 @@ class Rule:
     def backward(self, site: Site, out: Dims) -> Iterator[Demand]:
         """What ranks must have of the arguments, where they shall have these parts of the result."""
         raise Unshardable("no rule says how ranks share it")
-        yield  # an iterator, as those of others
 
     def local(self, site: Site, out: Any) -> dict[str, Any]:
         """The arguments, by name, that are other numbers on a rank. out: as `forward` gives it."""
@@ -44,11 +44,11 @@ def positive(dim: int, rank: int) -> int:
     return dim % max(rank, 1)
 
 
-class DimMap(Rule):
+class DimMap(Rule, ABC):
     """Dims come in another order, go if they are of size 1, or are new: `sources` says which dim of the tensor each one was."""
 
-    def sources(self, site: Site) -> Sequence[int | None]:
-        raise NotImplementedError
+    @abstractmethod
+    def sources(self, site: Site) -> Sequence[int | None]: ...
 
     def forward(self, site: Site) -> Layout:
         layout, sources = site.layout(site.first), self.sources(site)
