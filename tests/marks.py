@@ -5,5 +5,7 @@ import pytest
 from autodeploy import Target
 from autodeploy.custom_ops import cpp
 
-has_bfloat16_kernels = not cpp.against_cpp(Target()) and cpp.isa() == "avx512_bf16"
-needs_bfloat16_kernels = pytest.mark.skipif(not has_bfloat16_kernels, reason="needs a compiler and a CPU with AVX-512 BF16")
+has_cpp_kernels = not cpp.against_cpp(Target())
+needs_cpp_kernels = pytest.mark.skipif(not has_cpp_kernels, reason="needs a compiler")
+has_byte_kernels = has_cpp_kernels and cpp.multiplies_bytes()
+needs_byte_kernels = pytest.mark.skipif(not has_byte_kernels, reason="needs a compiler and a CPU with AVX-512 VNNI")

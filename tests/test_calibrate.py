@@ -19,7 +19,7 @@ from autodeploy.cli import DEMO_MODEL, app
 from autodeploy.demo_questions import held_out_questions, training_pairs
 from autodeploy.eval import answered, exact_matches, score
 from autodeploy.formats import SCHEMES, Integers
-from tests.marks import needs_bfloat16_kernels
+from tests.marks import needs_byte_kernels
 from tests.models.families import make_model
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10, 11]])
@@ -134,7 +134,7 @@ def distance(model: Any, folder: Path, dtype: str) -> float:
 
 @pytest.mark.parametrize(
     ("scheme", "algorithm", "dtype"),
-    [("int4", "awq", "float32"), pytest.param("w8a8", "smoothquant", "bfloat16", marks=needs_bfloat16_kernels)],
+    [("int4", "awq", "float32"), pytest.param("w8a8", "smoothquant", "bfloat16", marks=needs_byte_kernels)],
 )
 def test_columns_that_matter_most_are_scaled_up_before_they_are_rounded(
     scheme: Any, algorithm: Any, dtype: str, tmp_path: Path

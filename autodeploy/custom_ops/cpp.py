@@ -31,6 +31,7 @@ from autodeploy.cache_folder import cache_folder
 SOURCES = Path(__file__).parent / "kernels"
 ISAS = {
     "avx512_bf16": ("avx512f", "avx512bw", "avx512dq", "avx512vl", "fma", "avx512_bf16", "avx512_vnni"),
+    "avx512_vnni": ("avx512f", "avx512bw", "avx512dq", "avx512vl", "fma", "avx512_vnni"),
     "avx512": ("avx512f", "avx512bw", "avx512dq", "avx512vl", "fma"),
     "avx2": ("avx2", "fma"),
     "generic": (),
@@ -152,6 +153,18 @@ def isa() -> str:
     if chosen not in isas():
         raise BuildError(f"AUTODEPLOY_CPP_ISA={chosen} is not one of this CPU: {', '.join(isas())}")
     return chosen
+
+
+@cache
+def multiplies_bfloat16() -> bool:
+    """Whether the kernels multiply pairs of bfloat16 as they are."""
+    return isa() == "avx512_bf16"
+
+
+@cache
+def multiplies_bytes() -> bool:
+    """Whether the kernels multiply whole numbers of 8 bits."""
+    return "avx512_vnni" in ISAS[isa()]
 
 
 @cache

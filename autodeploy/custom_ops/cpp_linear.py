@@ -21,7 +21,7 @@ WIDTH = 64
 HUGE_PAGE = 1 << 21
 
 _pack = cpp.Kernel("pack_panels", "pplll")
-_linear = cpp.Kernel("linear", "plpppllll")
+_linear = cpp.Kernel("linear", "plppppllll")
 _rows = cpp.Kernel("panel_rows", "ppplll")
 
 
@@ -57,9 +57,11 @@ def panel_linear(x: Tensor, weight: Panels, bias: Tensor | None = None) -> Tenso
     num_inputs, num_outputs = weight.num_inputs, weight.num_outputs
     x = x.contiguous()
     out = x.new_empty((*x.shape[:-1], num_outputs))
+    wide = None if cpp.multiplies_bfloat16() else x.new_empty(x.numel(), dtype=torch.float32)
     _linear(
         x.data_ptr(),
         num_inputs,
+        None if wide is None else wide.data_ptr(),
         weight.data.data_ptr(),
         None if bias is None else bias.data_ptr(),
         out.data_ptr(),
@@ -97,7 +99,7 @@ def against_bfloat16(target: Any, *tensors: Tensor | None) -> list[str]:
     """The reasons against kernels whose rows are bfloat16."""
     for dtype in {tensor.dtype for tensor in tensors if tensor is not None} - {torch.bfloat16}:
         return [f"it has no {str(dtype).removeprefix('torch.')}"]
-    return cpp.against_cpp(target) or (["this CPU has no dot product of bfloat16"] if cpp.isa() != "avx512_bf16" else [])
+    return cpp.against_cpp(target)
 
 
 def against_panels(target: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> list[str]:

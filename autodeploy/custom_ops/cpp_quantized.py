@@ -170,19 +170,25 @@ def _against_half_bytes(form: Format) -> list[str]:
     return [reason for reason, holds in checks.items() if holds]
 
 
+def _against_bytes(target: Any, *tensors: Tensor | None) -> list[str]:
+    """The reasons against kernels that multiply bytes."""
+    reasons = against_bfloat16(target, *tensors)
+    return reasons or ([] if cpp.multiplies_bytes() else ["this CPU has no dot product of bytes"])
+
+
 def _against_linear(multiple: int, target: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> list[str]:
-    return against_bfloat16(target, input, weight, bias) or _against_columns(multiple, weight)
+    return _against_bytes(target, input, weight, bias) or _against_columns(multiple, weight)
 
 
 def _against_moe(multiple: int, target: Any, x: Tensor, gate_up: Tensor, down: Tensor, **call: Any) -> list[str]:
     if call["transposed"]:
         return ["the experts' inputs come before their outputs"]
-    matrices = against_bfloat16(target, x, gate_up, call["gate_up_bias"])
+    matrices = _against_bytes(target, x, gate_up, call["gate_up_bias"])
     return matrices or _against_columns(multiple, gate_up) or _against_columns(multiple, down)
 
 
 def _against_table(target: Any, weight: Tensor, **_: Any) -> list[str]:
-    return against_bfloat16(target, weight) or _against_columns(4, weight)
+    return _against_bytes(target, weight) or _against_columns(4, weight)
 
 
 def _against_columns(multiple: int, weight: Tensor) -> list[str]:

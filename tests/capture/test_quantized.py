@@ -20,7 +20,7 @@ from autodeploy.capture.quantized import dense_view
 from autodeploy.checkpoint import CheckpointSource, raw_config
 from autodeploy.recipes import evaluate
 from tests.capture.quantized_formats import PRODUCERS, Producer, integers, pairs
-from tests.marks import has_bfloat16_kernels, needs_bfloat16_kernels
+from tests.marks import has_byte_kernels, needs_byte_kernels
 from tests.models.families import make_model
 
 LLAMA = {"hidden_size": 192, "intermediate_size": 320, "num_hidden_layers": 1}
@@ -110,7 +110,7 @@ def test_experts_that_are_stored_one_by_one(name: str, tmp_path: Path) -> None:
     assert any(".experts.1." in key for key in dense_view(raw_config(quantized), CheckpointSource(quantized)).recipes)
     exact = logits(dense)
     assert (logits(quantized) - exact).abs().max() < 1e-4
-    if name in KERNELS and has_bfloat16_kernels:
+    if name in KERNELS and has_byte_kernels:
         compiled = autodeploy.compile(quantized, dtype="bfloat16")
         found, providers = compiled(IDS), {choice.provider for choice in compiled.program.providers["moe"]}
         compiled.shutdown()
@@ -133,7 +133,7 @@ KERNELS = {
 }
 
 
-@needs_bfloat16_kernels
+@needs_byte_kernels
 @pytest.mark.parametrize("name", KERNELS)
 def test_stored_whole_numbers_are_what_kernels_multiply_with(name: str, tmp_path: Path) -> None:
     producer = BY_NAME[name.replace("w8a8", "int8")]

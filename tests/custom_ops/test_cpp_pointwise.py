@@ -17,8 +17,8 @@ from autodeploy.custom_ops import SEMANTIC_OPS, cpp, cpp_pointwise
 from autodeploy.custom_ops.cpp_sampling import at_least, largest_of_rows
 from autodeploy.custom_ops.pointwise import ACTIVATIONS
 from autodeploy.specs import Target
+from tests.marks import needs_cpp_kernels
 
-here = pytest.mark.skipif(bool(cpp.against_cpp(Target())), reason="needs a C++ compiler")
 LIMITS = {torch.bfloat16: 0.0, torch.float32: 1e-6}
 WIDTHS = (3, 16, 130, 1031)
 POINTWISE = (ops.rms_norm, ops.add_rms_norm, ops.layer_norm, ops.rope, ops.gated_activation)
@@ -55,7 +55,7 @@ def check(op: Any, *args: Any) -> None:
         assert errors[0] <= max(1.2 * errors[1], LIMITS[mine.dtype]), errors
 
 
-@here
+@needs_cpp_kernels
 @pytest.mark.parametrize("dtype", LIMITS)
 @pytest.mark.parametrize("width", WIDTHS)
 def test_norms_are_as_exact_as_the_references(dtype: torch.dtype, width: int) -> None:
@@ -71,7 +71,7 @@ def test_norms_are_as_exact_as_the_references(dtype: torch.dtype, width: int) ->
             check(ops.layer_norm, x, None, None, 1e-5)
 
 
-@here
+@needs_cpp_kernels
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("dtype", LIMITS)
 @pytest.mark.parametrize("width", [2, 16, 40, 66, 128])
@@ -82,7 +82,7 @@ def test_rope_is_as_exact_as_the_reference(dtype: torch.dtype, width: int, inter
             check(ops.rope, x, angles.cos().to(dtype)[:, None], angles.sin().to(dtype), interleaved)
 
 
-@here
+@needs_cpp_kernels
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", LIMITS)
 def test_gated_activations_are_as_exact_as_the_reference(dtype: torch.dtype, activation: str) -> None:
@@ -94,7 +94,7 @@ def test_gated_activations_are_as_exact_as_the_reference(dtype: torch.dtype, act
     check(ops.gated_activation, tails, tails.flip(-1), activation)
 
 
-@here
+@needs_cpp_kernels
 def test_far_tails_of_gelu_keep_their_digits() -> None:
     x = torch.linspace(-9, -3, 1000)[None]
     ours = cpp_pointwise.gated_activation(x, torch.ones_like(x), "gelu")
@@ -102,7 +102,7 @@ def test_far_tails_of_gelu_keep_their_digits() -> None:
     torch.testing.assert_close(ours.double(), exact, rtol=2e-5, atol=0)
 
 
-@here
+@needs_cpp_kernels
 @pytest.mark.parametrize("odd", [float("nan"), float("inf"), -float("inf")])
 def test_what_is_not_finite_stays_in_its_row(odd: float) -> None:
     x, weight = numbers(1, 4, 40), numbers(40)
@@ -121,7 +121,7 @@ def test_what_is_not_finite_stays_in_its_row(odd: float) -> None:
             torch.testing.assert_close(mine.double(), right, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
-@here
+@needs_cpp_kernels
 @pytest.mark.parametrize("rows", [1, 7, 40])
 def test_a_row_does_not_depend_on_the_rows_beside_it(rows: int) -> None:
     x, weight = numbers(1, 300, 1024, dtype=torch.bfloat16), numbers(1024, dtype=torch.bfloat16)
@@ -131,7 +131,7 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(rows: int) -> None:
     assert all(torch.equal(mine, all_of_them[:, :rows]) for mine, all_of_them in zip(alone, together, strict=True))
 
 
-@here
+@needs_cpp_kernels
 def test_reasons_against_the_kernels() -> None:
     x, weight = numbers(1, 4, 3, 8), numbers(8)
     angles = numbers(1, 3, 8)
@@ -182,8 +182,8 @@ def test_where_numbers_are_large_enough(least: float) -> None:
         assert torch.equal(at_least(row, least), (row >= least).nonzero().flatten())
 
 
-@here
-@pytest.mark.parametrize("isa", [isa for isa in cpp.isas()[1:] if isa != "avx512"])  # nothing here is of BF16 alone
+@needs_cpp_kernels
+@pytest.mark.parametrize("isa", [isa for isa in cpp.isas()[1:] if not isa.startswith("avx512")])
 def test_kernels_for_lesser_cpus(isa: str) -> None:
     chosen = "(norms and 130) or (rope_is and 66) or (gated and gelu) or tails or finite or largest or large_enough"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", chosen]

@@ -14,7 +14,7 @@ from torch import Tensor
 from autodeploy import Target
 from autodeploy.custom_ops import cpp_quantized, embedding_op, linear_op, moe
 from autodeploy.formats import SCHEMES, Format, Integers
-from tests.marks import needs_bfloat16_kernels
+from tests.marks import needs_byte_kernels
 
 SIZES = [(64, 32), (130, 96), (1, 608), (70, 1184)]
 
@@ -59,7 +59,7 @@ KINDS: dict[str, tuple[Format, Callable[..., Any], Callable[..., Tensor], int]] 
 }
 
 
-@needs_bfloat16_kernels
+@needs_byte_kernels
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rows", [0, 1, 2, 3, 4, 5, 6, 7, 12, 33, 200])
 @pytest.mark.parametrize(("num_outputs", "num_inputs"), SIZES)
@@ -77,7 +77,7 @@ def test_what_the_dense_matrix_gives(kind: str, rows: int, num_outputs: int, num
     assert rows == 0 or float((without - (exact - bias)).norm() / exact.norm()) < 2**-7
 
 
-@needs_bfloat16_kernels
+@needs_byte_kernels
 @pytest.mark.parametrize("is_short", [True, False])
 def test_scales_are_kept_exactly_and_in_half_where_that_is_exact(is_short: bool) -> None:
     weight, dense = matrix(70, 96, SCHEMES["int4"])
@@ -92,7 +92,7 @@ def test_scales_are_kept_exactly_and_in_half_where_that_is_exact(is_short: bool)
     )
 
 
-@needs_bfloat16_kernels
+@needs_byte_kernels
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_row_does_not_depend_on_the_rows_beside_it(kind: str) -> None:
     form, pack, linear, _ = KINDS[kind]
@@ -102,7 +102,7 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(kind: str) -> None:
         assert torch.equal(linear(x[rows], packed), together[rows])
 
 
-@needs_bfloat16_kernels
+@needs_byte_kernels
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_of_nothing_and_of_what_is_no_number(kind: str) -> None:
     form, pack, linear, _ = KINDS[kind]
@@ -113,14 +113,14 @@ def test_rows_of_nothing_and_of_what_is_no_number(kind: str) -> None:
     assert out.isnan().all(1).tolist() == [i in (3, 4) for i in range(8)] and not out[5].any()
 
 
-@needs_bfloat16_kernels
+@needs_byte_kernels
 def test_rows_of_a_table_of_bytes() -> None:
     weight, dense = matrix(130, 96, SCHEMES["int8"])
     ids = torch.randint(0, 130, (1, 20))
     assert torch.equal(cpp_quantized.byte_embedding(cpp_quantized.pack_bytes(weight), ids), dense.bfloat16()[ids])
 
 
-@needs_bfloat16_kernels
+@needs_byte_kernels
 @pytest.mark.parametrize(("scheme", "provider"), [("w8a8", "cpp_w8a8"), ("int8", "cpp_w8a16"), ("int4", "cpp_w4a8")])
 def test_experts_of_whole_numbers(scheme: str, provider: str) -> None:
     x, index, weights = torch.randn(9, 64).bfloat16(), torch.randint(0, 4, (9, 2)), torch.rand(9, 2).bfloat16()
@@ -142,7 +142,7 @@ def choice(form: Format | None, x: Tensor, weight: Tensor) -> tuple[str, dict[st
     return provider.name, against
 
 
-@needs_bfloat16_kernels
+@needs_byte_kernels
 def test_which_kernel_a_format_gets_and_why_not_another() -> None:
     x, weight = torch.randn(1, 4, 512).bfloat16(), torch.randn(512, 512).bfloat16()
     assert choice(None, x, weight) == ("cpp", {})

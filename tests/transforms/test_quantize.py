@@ -17,7 +17,7 @@ from autodeploy.formats import SCHEMES, Format
 from autodeploy.recipes import Quantize
 from autodeploy.transforms.quantize import QuantizeWeights
 from tests.executor.test_packing import tensors_of
-from tests.marks import needs_bfloat16_kernels
+from tests.marks import needs_byte_kernels
 from tests.models.families import make_model
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10, 11]])
@@ -113,7 +113,7 @@ def test_experts_whose_inputs_come_first_are_rounded_along_them() -> None:
     assert (found - logits(model, quantization=dense)).abs().max() < 1e-5
 
 
-@needs_bfloat16_kernels
+@needs_byte_kernels
 @pytest.mark.parametrize(
     ("scheme", "provider", "limit"), [("w8a8", "cpp_w8a8", 0.1), ("int8", "cpp_w8a16", 0.03), ("int4", "cpp_w4a8", 0.1)]
 )
@@ -137,7 +137,7 @@ def test_kernels_of_whole_numbers_in_a_bfloat16_model(family: str, scheme: str, 
     assert alone == together
 
 
-@needs_bfloat16_kernels
+@needs_byte_kernels
 @pytest.mark.parametrize(("scheme", "bytes_per_number"), [("w8a8", 1), ("int8", 1), ("int4", 0.5 + 2 / 32)])
 def test_nothing_stays_beside_the_packed_numbers(scheme: str, bytes_per_number: float) -> None:
     wide = {"hidden_size": 512, "intermediate_size": 1536, "vocab_size": 4096, "head_dim": 128}
@@ -155,7 +155,7 @@ def test_nothing_stays_beside_the_packed_numbers(scheme: str, bytes_per_number: 
     compiled.shutdown()
 
 
-@needs_bfloat16_kernels
+@needs_byte_kernels
 def test_experts_of_a_checkpoint_are_rounded_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model("qwen3_moe").bfloat16()
     model.save_pretrained(tmp_path)

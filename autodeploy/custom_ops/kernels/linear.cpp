@@ -1,6 +1,6 @@
 // Linear layers of bfloat16, and tables, with weights in panels. Every output is one chain of sums over k in ascending order, whatever the
 // number of rows: a row's result does not depend on the rows beside it.
-#include "panels.h"
+#include "float_panels.h"
 
 constexpr int SQUARE = 16;  // words in 64 bytes of a row of the weight
 
@@ -28,6 +28,12 @@ EXPORT void autodeploy_pack_panels(const uint32_t* weight, uint32_t* packed, int
     });
 }
 
+inline void widen_row(const bf16* x, int64_t count, float* wide) {
+    int64_t k = 0;
+    for (; k + LANES <= count; k += LANES) store(wide + k, load(x + k));
+    for (; k < count; k++) wide[k] = widen(x[k]);
+}
+
 // Rows `ids` of a table of N rows of words.
 EXPORT void autodeploy_panel_rows(const int64_t* ids, const uint32_t* packed, uint32_t* out, int64_t T, int64_t words, int64_t threads) {
     parallel(T < 8 ? 1 : threads, T, [&](int64_t first, int64_t last) {
@@ -39,18 +45,26 @@ EXPORT void autodeploy_panel_rows(const int64_t* ids, const uint32_t* packed, ui
 }
 RECORDABLE(autodeploy_panel_rows)
 
+// x [M][K] times a weight in panels, plus bias [N] -> out [M][N]. wide [M][K] is room for x as floats, where the CPU multiplies nothing else.
+EXPORT void autodeploy_linear(const bf16* x, int64_t stride, float* wide, const bf16* packed, const bf16* bias, bf16* out, int64_t M,
+                              int64_t N, int64_t K, int64_t threads) {
+    in_team(threads, [&] {
+#if !defined(__AVX512BF16__)
+        parallel(threads, M, [&](int64_t first, int64_t last) {
+            for (int64_t m = first; m < last; m++) widen_row(x + m * stride, K, wide + m * K);
+        });
+#endif
+        each_panel(threads, M, N, BLOCK, [&](int64_t panel, int64_t top, int64_t rows, int64_t blocks) {
+            alignas(64) float sums[BLOCK * WIDTH];
+            for (int64_t i = 0; i < rows * WIDTH; i++) sums[i] = 0;
+            const char* words = (const char*)(packed + panel * K * WIDTH);
 #if defined(__AVX512BF16__)
-
-EXPORT void autodeploy_linear(const bf16* x, int64_t stride, const bf16* packed, const bf16* bias, bf16* out, int64_t M, int64_t N,
-                              int64_t K, int64_t threads) {
-    each_panel(threads, M, N, BLOCK, [&](int64_t panel, int64_t top, int64_t rows, int64_t blocks) {
-        alignas(64) float sums[BLOCK * WIDTH];
-        for (int64_t i = 0; i < rows * WIDTH; i++) sums[i] = 0;
-        multiply_panel<BfloatDot>((const char*)(x + top * stride), 2 * stride, (const char*)(packed + panel * K * WIDTH), rows, K / 2,
-                                  depth_of(M, blocks, K / 2), sums);
-        write_out(sums, bias, out + top * N, rows, N, panel);
+            multiply_panel<BfloatDot>((const char*)(x + top * stride), 2 * stride, words, rows, K / 2, depth_of(M, blocks, K / 2), sums);
+#else
+            multiply_float_panel(wide + top * K, K, words, rows, K / 2, sums);
+#endif
+            write_out(sums, bias, out + top * N, rows, N, panel);
+        });
     });
 }
 RECORDABLE(autodeploy_linear)
-
-#endif

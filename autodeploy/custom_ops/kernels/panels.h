@@ -7,17 +7,21 @@
 
 constexpr int WIDTH = 64;   // outputs of a panel
 constexpr int BLOCK = 192;  // rows of x to a task
-
-#if defined(__AVX512BF16__)
-
-constexpr int ROWS = 6;            // rows of x whose sums (6 x 4 vectors) stay in registers
-constexpr int NEAR = 64;           // words after which the next rows get their turn: 16 KB of a panel
-constexpr int FAR = 512;           // the same where there are several blocks: 128 KB
-constexpr int LINE = WIDTH * 4;    // bytes of a panel to a word of x
-constexpr int AHEAD = 64 * LINE;   // bytes from what is read to what is fetched into the second cache
+constexpr int ROWS = 6;     // rows of x that are multiplied together
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int SUMS = 24;  // vectors of sums that stay in registers
+#else
+constexpr int SUMS = 12;
+#endif
+constexpr int NEAR = 64;          // words after which the next rows get their turn: 16 KB of a panel
+constexpr int FAR = 512;          // the same where there are several blocks: 128 KB
+constexpr int LINE = WIDTH * 4;   // bytes of a panel to a word of x
+constexpr int AHEAD = 64 * LINE;  // bytes from what is read to what is fetched into the second cache
 
 // A loop that must be unrolled, for what it counts to lie in registers.
 #define EACH(...) _Pragma("GCC unroll 16") for (__VA_ARGS__)
+
+#if defined(__AVX512BF16__)
 
 struct BfloatDot {
     using Sum = float;
@@ -26,6 +30,10 @@ struct BfloatDot {
     static void put(float* to, __m512 sums) { _mm512_storeu_ps(to, sums); }
     static __m512 add(__m512 sums, __m512i x, __m512i w) { return _mm512_dpbf16_ps(sums, (__m512bh)x, (__m512bh)w); }
 };
+
+#endif
+
+#if defined(__AVX512VNNI__)
 
 // x without a sign, w with one.
 struct ByteDot {
@@ -90,6 +98,8 @@ inline void multiply_panel(const char* x, int64_t stride, const char* panel, int
     }
 }
 
+#endif
+
 // How many words of a panel are taken before the next rows get their turn.
 inline int64_t depth_of(int64_t rows, int64_t blocks, int64_t words) { return rows <= ROWS ? words : blocks == 1 ? NEAR : FAR; }
 
@@ -115,5 +125,3 @@ inline void write_out(float* sums, const bf16* bias, bf16* out, int64_t rows, in
         for (; n < width; n++) store_one(to + n, row[n]);
     }
 }
-
-#endif

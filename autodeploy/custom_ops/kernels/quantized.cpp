@@ -2,7 +2,7 @@
 // rows beside it. Scales belong to rows of the weight (and to groups of their columns); x is quantized here, each row by itself.
 #include "panels.h"
 
-#if defined(__AVX512BF16__)
+#if defined(__AVX512VNNI__)
 
 // What `linear_bytes` has to add for 128 too much in each number that a row of the weight [N][K] is multiplied with.
 EXPORT void autodeploy_corrections(const int8_t* weight, int32_t* corrections, int64_t N, int64_t K, int64_t threads) {

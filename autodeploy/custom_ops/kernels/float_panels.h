@@ -1,0 +1,89 @@
+// Products with panels of bfloat16 on CPUs that multiply nothing but floats: a word of a panel is two floats, an even and an odd column of
+// its row. Each sum is one chain over the columns in ascending order, whatever the number of rows, as with the CPU's own products of pairs.
+#pragma once
+
+#include "panels.h"
+
+constexpr int LINE_VECTORS = WIDTH / LANES;  // vectors of floats to a line of a panel
+constexpr int FLOAT_DEPTH = 32;              // words of a panel that are written down as floats at a time: 16 KB
+constexpr int FLOAT_GROUPS = 3;              // of rows, from which on that is worth it
+
+// How many vectors of a line have their sums in registers at once, for so many rows.
+constexpr int vectors_at_once(int rows) {
+    int vectors = LINE_VECTORS;
+    while (vectors * rows > SUMS) vectors /= 2;
+    return vectors;
+}
+
+// The even columns of a vector of words, or the odd ones.
+inline Vec half_of(const char* words, int half) {
+    WordVec both;
+    memcpy(&both, words, sizeof both);
+    return __builtin_bit_cast(Vec, half ? both & 0xffff0000u : both << 16);
+}
+
+// What is read and fetched depends on how many groups of rows take turns with a part of a panel: one, two, or FLOAT_GROUPS and more.
+// sums [M][vectors_at_once] += x [M][2 * words] times a part: its words, or (many groups) the floats in them, [2 * words][64].
+// One group fetches a line of `next` for each line of words, others half of one.
+template <int M, int GROUPS>
+inline void multiply_floats(const float* x, int64_t stride, const char* panel, int64_t words, float* sums, const char* next) {
+    constexpr int C = vectors_at_once(M), FETCHED = GROUPS == 1 ? LINE : LINE / 2;
+    constexpr bool IS_FLOAT = GROUPS == FLOAT_GROUPS;
+    Vec total[M][C];
+    EACH(int m = 0; m < M; m++)
+    EACH(int c = 0; c < C; c++) total[m][c] = load(sums + m * WIDTH + c * LANES);
+    for (int64_t word = 0; word < words; word++, panel += IS_FLOAT ? 2 * LINE : LINE, next += FETCHED) {
+        EACH(int at = 0; at < FETCHED; at += 64) __builtin_prefetch(next + at, 0, 2);
+        EACH(int half = 0; half < 2; half++) {
+            Vec w[C];
+            EACH(int c = 0; c < C; c++)
+            w[c] = IS_FLOAT ? load((const float*)panel + half * WIDTH + c * LANES) : half_of(panel + c * 4 * LANES, half);
+            EACH(int m = 0; m < M; m++) {
+                const Vec one = all(x[m * stride + 2 * word + half]);
+                EACH(int c = 0; c < C; c++) total[m][c] += one * w[c];
+            }
+        }
+    }
+    EACH(int m = 0; m < M; m++)
+    EACH(int c = 0; c < C; c++) store(sums + m * WIDTH + c * LANES, total[m][c]);
+}
+
+// The same for whole lines.
+template <int GROUPS, int M = ROWS>
+inline void multiply_floats(int64_t rows, const float* x, int64_t stride, const char* panel, int64_t words, float* sums, const char* next) {
+    if (rows == M) {
+        constexpr int C = vectors_at_once(M);
+        for (int c = 0; c < LINE_VECTORS; c += C, next = panel)  // is fetched once
+            multiply_floats<M, GROUPS>(x, stride, panel + c * LANES * 4, words, sums + c * LANES, next);
+    } else if constexpr (M > 1) {
+        multiply_floats<GROUPS, M - 1>(rows, x, stride, panel, words, sums, next);
+    }
+}
+
+// Words of a panel as floats, [2 * words][64].
+inline void write_floats(const char* panel, int64_t words, float* floats) {
+    for (int64_t word = 0; word < words; word++, panel += LINE, floats += 2 * WIDTH)
+        EACH(int half = 0; half < 2; half++)
+        EACH(int c = 0; c < LINE_VECTORS; c++) store(floats + half * WIDTH + c * LANES, half_of(panel + c * 4 * LANES, half));
+}
+
+// sums [rows][64] += x [rows][2 * words] times a panel: `multiply_panel` of what the CPU has no products of.
+inline void multiply_float_panel(const float* x, int64_t stride, const char* panel, int64_t rows, int64_t words, float* sums) {
+    alignas(64) float floats[2 * FLOAT_DEPTH * WIDTH];
+    const int64_t groups = (rows + ROWS - 1) / ROWS;
+    const int64_t depth = groups == 1 && vectors_at_once(int(rows)) == LINE_VECTORS ? words : FLOAT_DEPTH;
+    for (int64_t word = 0; word < words; word += depth) {
+        const int64_t part = std::min(depth, words - word);
+        const char* from = panel + word * LINE;
+        if (groups >= FLOAT_GROUPS) write_floats(from, part, floats);
+        for (int64_t group = 0; group < groups; group++) {
+            const int64_t top = rows * group / groups, count = rows * (group + 1) / groups - top;
+            const float* here = x + top * stride + 2 * word;
+            const char* next = group < 2 ? from + AHEAD + group * part * (LINE / 2) : from;
+            float* into = sums + top * WIDTH;
+            if (groups == 1) multiply_floats<1>(count, here, stride, from, part, into, next);
+            else if (groups < FLOAT_GROUPS) multiply_floats<2>(count, here, stride, from, part, into, next);
+            else multiply_floats<FLOAT_GROUPS>(count, here, stride, (const char*)floats, part, into, next);
+        }
+    }
+}
