@@ -24,7 +24,7 @@ check: install
 	$(BIN)/python -m pytest -q tests/test_architecture.py
 
 test: install
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist worksteal
 
 # Every Triton kernel, compiled for GPUs that are not there; also by the version of Triton that older images have.
 kernels: install

@@ -23,8 +23,6 @@ LIMIT_SECONDS = 0.5
 CACHE = "AUTODEPLOY_CACHE_DIR"
 SCHEMES: dict[int, dict[str, str]] = {16: {}, 8: {"quantization": "w8a8"}, 4: {"quantization": "int4"}}
 """Bits of a weight -> options of `LLM`."""
-INTEGER_GAIN = 2
-"""Products of bytes in the time of one of bfloat16, on CPUs that have instructions for both."""
 PAGE_SLACK = 64
 """Tokens of room per request in the pool beside those it has."""
 
@@ -147,9 +145,8 @@ def _limits(task: Task, worker: Worker, dtype: str) -> Machine:
     task.say("the machine's limits")
     worker.ask("ready")
     with Watch(worker.pid) as watch:
-        found = worker.ask("measure", threads=task.threads, dtype=dtype, seconds=LIMIT_SECONDS)
-    rate = found["flop_rate"] * (1 if task.bits == 16 else INTEGER_GAIN)
-    return Machine(found["read_rate"], rate, watch.foreign_cores > QUIET, found["pages"], (found["read_rate"],))
+        found = worker.ask("measure", threads=task.threads, dtype=dtype, seconds=LIMIT_SECONDS, bits=task.bits)
+    return Machine(found["read_rate"], found["flop_rate"], watch.foreign_cores > QUIET, found["pages"], (found["read_rate"],))
 
 
 def start(task: Task, engine: Engine, processes: ExitStack, facts: Mapping[str, Any]) -> Started:
