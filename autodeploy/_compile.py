@@ -34,7 +34,7 @@ from autodeploy.executor.cuda_graphs import GraphOptions
 from autodeploy.executor.distributed_runner import DistributedRunner, RankOptions, Stage, start_ranks
 from autodeploy.executor.engine import ADExecutor
 from autodeploy.executor.memory import free_memory
-from autodeploy.executor.model_runner import ModelRunner, Runner
+from autodeploy.executor.model_runner import ModelRunner, Runner, limit_threads
 from autodeploy.executor.outputs import RequestHandle, RequestOutput
 from autodeploy.executor.pool_sizes import PoolSizes
 from autodeploy.executor.request import Detokenizer, Request
@@ -87,6 +87,8 @@ def compile_observed(args: LLMArgs, *observers: Observer, timeline: Timeline | N
         return _eager(args, timeline)
     if args.mesh.size > 1:
         _refuse_ranks(args)
+    if args.autotune:
+        limit_threads(_device(args))  # what is timed runs on as many as what serves
     lowered = _lowered(args, timeline, *observers)
     program = lowered.program
     with timeline.phase("load weights", len(program.weights)) as advance:
@@ -140,7 +142,13 @@ def pipeline_of(args: LLMArgs) -> Pipeline:
     from autodeploy.plugins import edited_pipeline
 
     return edited_pipeline(
-        args.pipeline, args.plugins, _target(args), args.quantization, args.kv_cache_config.dtype, args.shard_plan
+        args.pipeline,
+        args.plugins,
+        _target(args),
+        args.quantization,
+        args.kv_cache_config.dtype,
+        args.shard_plan,
+        args.autotune,
     )
 
 

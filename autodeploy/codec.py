@@ -62,7 +62,7 @@ def decode_target(text: str) -> Any:
     namespace, opname, *overload = name.split(".")
     if provider:
         op = next(op for op in SEMANTIC_OPS.values() if op.name == opname)
-        return next(item.function for item in op.providers if item.name == provider)
+        return op.named(provider).function
     return getattr(getattr(getattr(torch.ops, namespace), opname), overload[0])
 
 

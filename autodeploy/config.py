@@ -328,6 +328,7 @@ class LLMArgs(_Options):
         "max_num_seqs": "max_batch_size",
         "max_num_batched_tokens": "max_num_tokens",
         "max_model_len": "max_seq_len",
+        "enable_autotuner": "autotune",
     }
     _LATER = _only_neutral(
         "revision tokenizer_revision hf_token hf_overrides cp_config enable_expert_parallel "
@@ -415,6 +416,10 @@ class LLMArgs(_Options):
     pipeline: Any = Field(default=None, description="a Pipeline, or a function from Pipeline to Pipeline")
     verify: Literal["off", "structure", "numeric"] = Field(
         default="structure", description="what is checked after each graph pass"
+    )
+    autotune: bool = Field(
+        default=False,
+        description="whether kernels that may take each other's place are timed at the first start, and the fastest are taken",
     )
     program_cache: bool | Path = Field(
         default=True,

@@ -35,6 +35,7 @@ def edited_pipeline(
     quantization: QuantConfig | None = None,
     cache_dtype: str = "auto",
     shard_plan: Mapping[str, str] | None = None,
+    autotune: bool = False,
 ) -> Pipeline:
     """The default pipeline or the one given, as the plugins and then the function given edit it. Raises ConfigError."""
     quantize = None if quantization is None else QuantizeWeights(**quantization.rounding)
@@ -47,6 +48,8 @@ def edited_pipeline(
     default = given if isinstance(given, Pipeline) else default_pipeline(target, quantize, quantize_cache)
     if shard_plan is not None:
         default = default.configure("shard", rules=shard_plan)
+    if autotune:
+        default = default.configure("select_kernels", autotune=True)
     edited = apply_plugins(default, plugins)
     if given is None or isinstance(given, Pipeline):
         return edited

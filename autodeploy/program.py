@@ -46,7 +46,7 @@ class Choice:
 
     provider: str
     against: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Each provider preferred to it -> the reasons against that one."""
+    """Each provider preferred to it, or timed beside it -> the reasons against that one."""
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from autodeploy.checkpoint import MODELOPT_FILE, SETTINGS, CheckpointSource, raw
 from autodeploy.config import LLMArgs
 from autodeploy.custom_ops import SEMANTIC_OPS
 from autodeploy.custom_ops.attention_backend import ATTENTION_BACKENDS
+from autodeploy.custom_ops.timings import environment_of, key_of
 from autodeploy.program_store import Facts
 from autodeploy.recipes import Take
 from autodeploy.specs import Target
@@ -70,6 +71,8 @@ def facts_of(args: LLMArgs, target: Target, passes: Iterable[Any] | None, source
         "providers": _hash({op.name: [item.name for item in op.providers] for op in SEMANTIC_OPS.values()}),
         "attention backends": json.dumps([backend.name for backend in ATTENTION_BACKENDS]),
     }
+    if args.autotune:
+        facts["what was timed"] = key_of(environment_of(target.device))
     facts |= {f"target.{name}": _plain(value, f"the target's {name}") for name, value in asdict(target).items()}
     return facts | _options(args) | dict(_foreign_code(args.plugins, passes or ()))
 

@@ -6,15 +6,17 @@ called: a machine that calls none imports none.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from functools import cache, cached_property
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property, wraps
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from autodeploy.custom_ops.op import Provider
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_SHARED = 227 * 1024
@@ -74,6 +76,31 @@ class Tile:
     def options(self) -> dict[str, int]:
         """Of a launch, and of a `Variant`."""
         return {"num_warps": self.warps, "num_stages": self.stages}
+
+
+Tiles = Sequence[Tile]
+"""For few, some and many rows."""
+
+
+def in_other_tiles(provider: Provider, tiles: Tiles) -> Provider:
+    """With variants of it, whose function takes `tiles`: without the largest ones, and without the smallest."""
+    others = {"small": tiles[:-1], "large": tiles[1:]}
+    functions = {f"{provider.name}_{label}": _with_tiles(provider.function, label, others[label]) for label in others}
+    return replace(provider, variants=tuple(replace(provider, name=name, function=functions[name]) for name in functions))
+
+
+def _with_tiles(function: Callable[..., Any], label: str, tiles: Tiles) -> Callable[..., Any]:
+    @wraps(function)
+    def call(*args: Any) -> Any:
+        return function(*args, tiles=tiles)
+
+    call.__name__ = call.__qualname__ = f"{function.__name__}_{label}"
+    return call
+
+
+def tile_for(rows: float, tiles: Tiles) -> Tile:
+    """The first that has room for that many rows, or the last."""
+    return next((tile for tile in tiles if rows <= tile.rows), tiles[-1])
 
 
 def against_triton(target: Any, *tensors: Tensor | None) -> list[str]:

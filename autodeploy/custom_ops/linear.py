@@ -13,6 +13,8 @@ from autodeploy.custom_ops.op import Provider, adopted_op
 from autodeploy.formats import Format
 
 PACKED_DTYPES = (torch.bfloat16, torch.float32)
+ONCE = "sums in float32, rounded once"
+"""The rounding of torch's linear layers."""
 MIN_WEIGHT = 1 << 16
 """Numbers of the smallest weight worth packing: below, a call costs its dispatch and nothing else."""
 
@@ -60,6 +62,6 @@ def against_bytes(form: Format, *, rounds: bool) -> list[str]:
     return [reason for reason, holds in checks.items() if holds]
 
 
-linear_op = adopted_op(torch.ops.aten.linear.default, linear)
+linear_op = adopted_op(torch.ops.aten.linear.default, linear, ONCE)
 embedding_op = adopted_op(torch.ops.aten.embedding.default, embedding)
-linear_op.register(Provider("onednn", packed_linear, against_packing, {"weight": pack_onednn}))
+linear_op.register(Provider("onednn", packed_linear, against_packing, {"weight": pack_onednn}, rounding=ONCE))

@@ -136,6 +136,13 @@ def _against_packing(target: Any, x: Tensor, gate_up: Tensor, **_: Any) -> list[
     return against_packing(target, x, gate_up, None)
 
 
+def _draw_choice(call: dict[str, Any]) -> dict[str, Any]:
+    """Experts that are chosen alike often."""
+    index = call["expert_index"]
+    return {"expert_index": torch.randint_like(index, 0, len(call["down"]))}
+
+
+moe.draw = _draw_choice
 moe.register(Provider("onednn", packed_moe, _against_packing, {"gate_up": pack_experts, "down": pack_experts}))
 
 

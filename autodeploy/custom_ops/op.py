@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from inspect import signature
@@ -40,6 +40,10 @@ class Provider:
     against_format: Callable[[Format], list[str]] | None = None
     """The reasons against a format that is stored as numbers of few bits. A provider that has this packs `Integers`, where others
     pack tensors."""
+    rounding: str = ""
+    """What is rounded where, in words. Providers of an op that say the same may take each other's place where one is faster."""
+    variants: tuple[Provider, ...] = ()
+    """The same in other configurations, such as sizes of tiles, which are taken only where they were timed and are faster."""
 
 
 @dataclass(eq=False)
@@ -51,6 +55,8 @@ class SemanticOp:
     overload: Any
     mutates: tuple[str, ...]
     providers: list[Provider]
+    draw: Callable[[dict[str, Any]], dict[str, Any]] = field(default=lambda call: {})
+    """For timing a call: of its arguments by name, what to put in place of zeros where whole numbers decide how much is done."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.overload(*args, **kwargs)
@@ -60,7 +66,12 @@ class SemanticOp:
         if self.mutates:
             has_side_effect(provider.function)
         self.providers.insert(0, provider)
-        PROVIDED[provider.function] = self, provider
+        for each in (provider, *provider.variants):
+            PROVIDED[each.function] = self, each
+
+    def named(self, name: str) -> Provider:
+        """The provider of that name, or the variant of one."""
+        return next(each for provider in self.providers for each in (provider, *provider.variants) if each.name == name)
 
     def choose(
         self, target: Any, *args: Any, parameters: Mapping[str, Format | None] = NONE, **kwargs: Any
@@ -70,14 +81,30 @@ class SemanticOp:
         parameters: the arguments that are parameters as they are, and so can be packed, each with its format (None: dense).
         """
         against: dict[str, list[str]] = {}
+        for provider, reasons in self._judged(target, args, kwargs, parameters):
+            if not reasons:
+                return provider, against
+            against[provider.name] = reasons
+        raise AssertionError(f"the reference of {self.name} supports everything")
+
+    def equals(
+        self, chosen: Provider, target: Any, *args: Any, parameters: Mapping[str, Format | None] = NONE, **kwargs: Any
+    ) -> list[Provider]:
+        """What may take the place of a chosen provider: its variants, and those of its rounding with nothing against them."""
+        behind = self.providers[self.providers.index(chosen) + 1 :] if chosen.rounding else []
+        same = [provider for provider in behind if provider.rounding == chosen.rounding]
+        judged = self._judged(target, args, kwargs, parameters) if same else ()
+        return [*chosen.variants, *(provider for provider, reasons in judged if provider in same and not reasons)]
+
+    def _judged(
+        self, target: Any, args: Any, kwargs: Any, parameters: Mapping[str, Format | None]
+    ) -> Iterator[tuple[Provider, list[str]]]:
+        """Each provider that could come into question, and the reasons against it."""
         for provider in self.providers:
             if provider.against_format is not None and not any(parameters.get(name) for name in provider.packs):
                 continue  # nothing is quantized
             reasons = [reason for name in provider.packs for reason in _against_packing(provider, name, parameters)]
-            if not (reasons := reasons or self.reasons_against(provider, target, *args, **kwargs)):
-                return provider, against
-            against[provider.name] = reasons
-        raise AssertionError(f"the reference of {self.name} supports everything")
+            yield provider, reasons or self.reasons_against(provider, target, *args, **kwargs)
 
     def reasons_against(self, provider: Provider, target: Any, *args: Any, **kwargs: Any) -> list[str]:
         """What speaks against the call; an error in `supports` is the provider's, not that of the pass that asks."""
@@ -134,10 +161,10 @@ def _defaults(function: Any) -> dict[str, Any]:
     return {argument.name: argument.default_value for argument in function._schema.arguments}
 
 
-def adopted_op(overload: Any, reference: Callable[..., Any]) -> SemanticOp:
+def adopted_op(overload: Any, reference: Callable[..., Any], rounding: str = "") -> SemanticOp:
     """An aten op for which providers can be registered; graphs call it as ever until one is chosen."""
     op = SemanticOp(reference.__name__, reference, overload, (), [])
-    op.register(Provider("reference", reference))
+    op.register(Provider("reference", reference, rounding=rounding))
     SEMANTIC_OPS[overload] = op
     return op
 

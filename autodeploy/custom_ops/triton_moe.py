@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autodeploy.custom_ops.gpu import Kernel, Tile, against_triton, power_of_2
+from autodeploy.custom_ops.gpu import Kernel, Tile, Tiles, against_triton, in_other_tiles, power_of_2, tile_for
 from autodeploy.custom_ops.moe import moe
 from autodeploy.custom_ops.op import Provider
 
 FEW, SOME, MANY = Tile(16, 64, 128, 4, 4), Tile(64, 128, 64, 4, 4), Tile(128, 128, 64, 8, 3)
+TILES = (FEW, SOME, MANY)
 """For so many rows an expert, in 16 bits. A column is one of the weight: a gate and an up are two."""
 FLOAT_FEW, FLOAT_MANY = Tile(16, 64, 32, 4, 2), Tile(64, 64, 32, 8, 2)
 """In float32, without tensor cores."""
@@ -50,13 +51,15 @@ def triton_moe(
     alpha: float,
     limit: float,
     offset: float,
+    *,
+    tiles: Tiles = TILES,
 ) -> Tensor:
     """As `moe`; what is between gate and up stays in float32."""
     x, index, weights = x.contiguous(), expert_index.contiguous(), expert_weights.contiguous()
     (tokens, width), top_k = x.shape, index.shape[1]
     if index.numel() * x.numel() == 0:
         return x.new_zeros(x.shape)
-    groups = group_rows(index, len(down), x.dtype)
+    groups = group_rows(index, len(down), (FLOAT_FEW, FLOAT_MANY) if x.dtype == torch.float32 else tiles)
     if transposed:
         gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
     hidden, rows = x.new_empty(index.numel(), down.shape[2]), x.new_empty(index.numel(), width)
@@ -68,9 +71,9 @@ def triton_moe(
     return out
 
 
-def group_rows(index: Tensor, num_experts: int, dtype: torch.dtype) -> Groups:
-    """index [T, k]: which rows of `dtype` each expert multiplies. There is room for the most tiles that there can be."""
-    size, tile = index.numel(), tile_for(index.numel() / num_experts, dtype)
+def group_rows(index: Tensor, num_experts: int, tiles_by_rows: Tiles) -> Groups:
+    """index [T, k]: which rows each expert multiplies. There is room for the most tiles that there can be."""
+    size, tile = index.numel(), tile_for(index.numel() / num_experts, tiles_by_rows)
     max_tiles = min(size, -(-size // tile.rows) + num_experts)
     order, tiles = index.new_empty(size, dtype=torch.int32), index.new_empty(3, max_tiles, dtype=torch.int32)
     _group_rows[num_experts,](
@@ -79,13 +82,6 @@ def group_rows(index: Tensor, num_experts: int, dtype: torch.dtype) -> Groups:
         BINS=power_of_2(max(WARP, num_experts + 1)), num_warps=SORT_WARPS,
     )  # fmt: skip
     return Groups(tile, order, tiles, index.shape[1])
-
-
-def tile_for(rows: float, dtype: torch.dtype) -> Tile:
-    """For that many rows an expert, on average."""
-    if dtype == torch.float32:
-        return FLOAT_FEW if rows <= FLOAT_FEW.rows else FLOAT_MANY
-    return FEW if rows <= FEW.rows else SOME if rows <= SOME.rows else MANY
 
 
 def _multiply(
@@ -128,4 +124,4 @@ def _against(
     return [reason for reason, holds in checks.items() if holds]
 
 
-moe.register(Provider("triton", triton_moe, _against))
+moe.register(in_other_tiles(Provider("triton", triton_moe, _against), TILES))

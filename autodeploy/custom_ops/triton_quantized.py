@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from math import gcd
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autodeploy.custom_ops.gpu import Kernel, Tile, against_triton, power_of_2
+from autodeploy.custom_ops.gpu import Kernel, Tile, Tiles, against_triton, in_other_tiles, power_of_2, tile_for
 from autodeploy.custom_ops.linear import against_bytes, linear_op
 from autodeploy.custom_ops.op import Provider
 from autodeploy.custom_ops.triton_pointwise import warps_for
@@ -24,7 +24,6 @@ MIN_GROUP = 16
 ROUNDED = (Tile(16, 64, 128, 4, 4), Tile(64, 128, 128, 4, 4), Tile(128, 128, 128, 8, 3))
 BYTES = (Tile(16, 64, 128, 4, 4), Tile(64, 128, 64, 4, 4), Tile(128, 128, 64, 8, 3))
 HALF_BYTES = (Tile(16, 64, 64, 4, 5), Tile(64, 64, 64, 4, 4), Tile(128, 128, 32, 8, 4))
-"""For few, some and many rows."""
 _quantize_rows = Kernel("quantized_gemm", "quantize_rows")
 _bytes_gemm = Kernel("quantized_gemm", "bytes_gemm")
 _half_bytes_gemm = Kernel("quantized_gemm", "half_bytes_gemm")
@@ -87,30 +86,30 @@ def _shortest(numbers: Tensor) -> Tensor:
     return short if torch.equal(short.float(), numbers) else numbers
 
 
-def linear_w8a8(x: Tensor, weight: ByteRows, bias: Tensor | None = None) -> Tensor:
+def linear_w8a8(x: Tensor, weight: ByteRows, bias: Tensor | None = None, *, tiles: Tiles = ROUNDED) -> Tensor:
     """As `linear`, each row of x rounded to 8 bits by a scale of its own."""
     x, width = x.contiguous(), x.shape[-1]
     rows = x.numel() // width
     codes, scales = torch.empty_like(x, dtype=torch.int8), x.new_empty(rows, dtype=torch.float32)
     if rows:
         _quantize_rows[rows,](x, codes, scales, width, BLOCK=power_of_2(width), num_warps=warps_for(width))
-    return _multiply_bytes(ROUNDED, x, codes, scales, weight, bias)
+    return _multiply_bytes(tiles, x, codes, scales, weight, bias)
 
 
-def linear_w8a16(x: Tensor, weight: ByteRows, bias: Tensor | None = None) -> Tensor:
+def linear_w8a16(x: Tensor, weight: ByteRows, bias: Tensor | None = None, *, tiles: Tiles = BYTES) -> Tensor:
     """As `linear`, of the rows as they are."""
     x = x.contiguous()
-    return _multiply_bytes(BYTES, x, x, None, weight, bias)
+    return _multiply_bytes(tiles, x, x, None, weight, bias)
 
 
-def linear_fp8(x: Tensor, weight: ByteRows, bias: Tensor | None = None) -> Tensor:
+def linear_fp8(x: Tensor, weight: ByteRows, bias: Tensor | None = None, *, tiles: Tiles = BYTES) -> Tensor:
     """As `linear`, of the rows as they are and floats of 8 bits, which are widened."""
     x = x.contiguous()
-    return _multiply_bytes(BYTES, x, x, None, weight, bias)
+    return _multiply_bytes(tiles, x, x, None, weight, bias)
 
 
 def _multiply_bytes(
-    tiles: Sequence[Tile], x: Tensor, codes: Tensor, x_scales: Tensor | None, weight: ByteRows, bias: Tensor | None
+    tiles: Tiles, x: Tensor, codes: Tensor, x_scales: Tensor | None, weight: ByteRows, bias: Tensor | None
 ) -> Tensor:
     """x [..., K] -> [..., N] of its dtype; codes: x as the kernel reads it."""
     num_outputs, num_inputs = weight.numbers.shape
@@ -125,23 +124,18 @@ def _multiply_bytes(
     return out
 
 
-def linear_w4a16(x: Tensor, weight: HalfByteRows, bias: Tensor | None = None) -> Tensor:
+def linear_w4a16(x: Tensor, weight: HalfByteRows, bias: Tensor | None = None, *, tiles: Tiles = HALF_BYTES) -> Tensor:
     """As `linear`, of the rows as they are; the matrix is rounded to their dtype."""
     x, (num_outputs, half) = x.contiguous(), weight.data.shape
     out, rows = x.new_empty((*x.shape[:-1], num_outputs)), x.numel() // (2 * half)
     if rows:
-        tile = tile_for(rows, HALF_BYTES)
+        tile = tile_for(rows, tiles)
         blocks = {**tile.blocks, "BLOCK_K": gcd(half, weight.group, tile.depth)}
         _half_bytes_gemm[_grid(tile, rows, num_outputs)](
             x, weight.data, weight.scales, weight.offsets, bias, out, rows, 2 * half, num_outputs, weight.group,
             HAS_OFFSETS=weight.offsets is not None, HAS_BIAS=bias is not None, **blocks, **tile.options,
         )  # fmt: skip
     return out
-
-
-def tile_for(rows: int, tiles: Sequence[Tile]) -> Tile:
-    """The first that has room for all rows, or the last."""
-    return next((tile for tile in tiles if rows <= tile.rows), tiles[-1])
 
 
 def _grid(tile: Tile, rows: int, num_outputs: int) -> tuple[int, int]:
@@ -180,11 +174,12 @@ def _against_linear(multiple: int, target: Any, input: Tensor, weight: Tensor, b
     return [reason for reason, holds in checks.items() if holds]
 
 
-_KINDS: tuple[tuple[str, Callable[..., Tensor], Callable[..., Any], int, Callable[[Format], list[str]]], ...] = (
-    ("triton_w4a16", linear_w4a16, pack_half_byte_rows, 2 * MIN_GROUP, _against_half_bytes),
-    ("triton_fp8", linear_fp8, pack_byte_rows, 16, _against_fp8),
-    ("triton_w8a16", linear_w8a16, pack_byte_rows, 16, partial(against_bytes, rounds=False)),
-    ("triton_w8a8", linear_w8a8, pack_byte_rows, 16, partial(against_bytes, rounds=True)),
+_KINDS: tuple[tuple[str, Callable[..., Tensor], Tiles, Callable[..., Any], int, Callable[[Format], list[str]]], ...] = (
+    ("triton_w4a16", linear_w4a16, HALF_BYTES, pack_half_byte_rows, 2 * MIN_GROUP, _against_half_bytes),
+    ("triton_fp8", linear_fp8, BYTES, pack_byte_rows, 16, _against_fp8),
+    ("triton_w8a16", linear_w8a16, BYTES, pack_byte_rows, 16, partial(against_bytes, rounds=False)),
+    ("triton_w8a8", linear_w8a8, ROUNDED, pack_byte_rows, 16, partial(against_bytes, rounds=True)),
 )
-for _name, _linear, _pack, _multiple, _against in _KINDS:
-    linear_op.register(Provider(_name, _linear, partial(_against_linear, _multiple), {"weight": _pack}, _against))
+for _name, _linear, _tiles, _pack, _multiple, _against in _KINDS:
+    _provider = Provider(_name, _linear, partial(_against_linear, _multiple), {"weight": _pack}, _against)
+    linear_op.register(in_other_tiles(_provider, _tiles))

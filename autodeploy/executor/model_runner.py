@@ -47,6 +47,12 @@ class Runner(Protocol):
         ...
 
 
+def limit_threads(device: str) -> None:
+    """Let torch use no more threads than there are cores for this process: it counts those of the machine."""
+    if device == "cpu" and torch.get_num_threads() > (cores := available_cores()):
+        torch.set_num_threads(cores)
+
+
 MAX_RECORDED_TOKENS, MAX_RECORDED_STEPS = 64, 256
 
 
@@ -64,8 +70,7 @@ class ModelRunner:
         graphs: GraphOptions | None = None,
     ) -> None:
         self.program, self.device, self.rope_thresholds = program, device, program.rope_thresholds
-        if device == "cpu" and torch.get_num_threads() > (cores := available_cores()):
-            torch.set_num_threads(cores)  # torch counts those of the machine, not of the container
+        limit_threads(device)
         tensors: dict[str, Tensor] = {}
         uses = parameter_uses(program)
         packed = {name for name, use in uses.items() if not use.dense}

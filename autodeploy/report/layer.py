@@ -14,7 +14,7 @@ import networkx as nx
 import torch
 from torch import fx
 
-from autodeploy.custom_ops import SEMANTIC_OPS
+from autodeploy.custom_ops import PROVIDED, SEMANTIC_OPS
 from autodeploy.program import Program, op_name
 from autodeploy.report.markup import TIMES
 
@@ -100,10 +100,8 @@ def _cut(graph: nx.DiGraph, dominators: dict[Any, Any], call: fx.Node, following
 
 def semantic_name(node: fx.Node) -> str | None:
     """The semantic op that a node calls, by itself or through a provider."""
-    for target, op in SEMANTIC_OPS.items():
-        if node.target is target or any(node.target is provider.function for provider in op.providers):
-            return op.name
-    return None
+    op = PROVIDED[node.target][0] if node.target in PROVIDED else SEMANTIC_OPS.get(node.target)
+    return None if op is None else op.name
 
 
 def _is_drawn(node: fx.Node) -> bool:
