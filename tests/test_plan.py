@@ -267,11 +267,13 @@ def test_what_is_refused_before_anything_is_compiled(options: tuple[str, ...], m
         CliRunner().invoke(app, ["plan", DEMO, *options], catch_exceptions=False)
 
 
-QUANTIZED = ("gptq", "awq", "block fp8", "compressed-tensors int8", "compressed-tensors w4a16 asymmetric")
+QUICK = [("gptq", 2), ("compressed-tensors int8", 1)]
+LONG = [("gptq", 1), ("compressed-tensors int8", 2)] + [
+    (name, tp) for name in ("awq", "block fp8", "compressed-tensors w4a16 asymmetric") for tp in (1, 2)
+]
 
 
-@pytest.mark.parametrize("tp", [1, 2])
-@pytest.mark.parametrize("name", QUANTIZED)
+@pytest.mark.parametrize(("name", "tp"), [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in LONG)])
 def test_bytes_of_a_quantized_checkpoint_are_those_of_each_rank(name: str, tp: int, tmp_path: Path) -> None:
     """The plan sees config.json alone."""
     sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1, "num_attention_heads": 4, "head_dim": 64}
