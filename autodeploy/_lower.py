@@ -18,7 +18,7 @@ from autodeploy.capture.patches import rope_thresholds
 from autodeploy.capture.quantized import quantization_settings
 from autodeploy.capture.skeleton import read_config
 from autodeploy.capture.twin import capture_twin
-from autodeploy.checkpoint import CheckpointSource, raw_config
+from autodeploy.checkpoint import raw_config
 from autodeploy.config import LLMArgs
 from autodeploy.custom_ops.cpp import kernels
 from autodeploy.errors import ConfigError, UnsupportedModelError
@@ -88,14 +88,14 @@ def eager(args: LLMArgs, timeline: Timeline) -> tuple[ModelFacts, EagerRunner]:
     with timeline.phase("load weights"):
         if not isinstance(model, nn.Module):
             read_config(Path(model))
-            _refuse_quantized(Path(model), CheckpointSource(Path(model)))
+            _refuse_quantized(Path(model))
             model = AutoModelForCausalLM.from_pretrained(model, dtype=args.dtype, trust_remote_code=False, use_safetensors=True)
         own = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})  # shared
     return ModelFacts.of(model.config, model.generation_config), EagerRunner(own.eval(), rope_thresholds(own))
 
 
-def _refuse_quantized(folder: Path, source: CheckpointSource) -> None:
-    if quantization_settings(raw_config(folder), source) is not None:
+def _refuse_quantized(folder: Path) -> None:
+    if quantization_settings(raw_config(folder), folder) is not None:
         raise UnsupportedModelError(
             f"{folder}: backend='pytorch' reads no quantized checkpoint: transformers reads some wrongly, others not at all. "
             "Use backend='autodeploy', or the unquantized checkpoint."

@@ -168,10 +168,11 @@ class Format:
         """One number per block -> something that broadcasts over the matrix."""
         if few.numel() == 1:
             return few.reshape(())
+        if "order" in part:  # of all groups, though columns may be few
+            few = few.reshape(-1, shape[0]).T if self.layout in TRANSPOSED else few.reshape(shape[0], -1)
+            return few[..., part["order"].long()]
         few = few.reshape(self.scale_shape(shape))
         few = few.transpose(-1, -2) if self.layout in TRANSPOSED else few
-        if "order" in part:
-            return few[..., part["order"].long()]
         for dim, size in zip((-2, -1), self.block, strict=True):
             if size > 1:
                 few = few.repeat_interleave(size, dim).narrow(dim, 0, shape[dim])

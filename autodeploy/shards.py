@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
+from math import lcm
 
+from autodeploy.format_parts import NotInPartsError, spacing
 from autodeploy.recipes import (
     Cast,
     Cat,
@@ -122,53 +123,25 @@ def _keeps_scales(recipe: Quantize, dim: int, start: int, stop: int, describe: F
     return columns > 0 and start % columns == 0 == stop % columns
 
 
-Box = tuple[int, int, int]
-"""Elements [start, stop) of a dim: (dim, start, stop)."""
-
-
-def _narrowed_matrix(recipe: Dequantize, dim: int, start: int, stop: int, describe: Fetch) -> Dequantize | None:
-    """The same format of a part of a quantized matrix, of parts of what is stored; None where these do not fall on borders."""
-    parts = list[Recipe]()
-    for name, part in zip(recipe.format.parts, recipe.parts, strict=True):
-        box = _stored_box(recipe, name, tuple(shape_of(part, describe).shape), (dim, start, stop))
-        if box is None:
-            return None
-        if box:
-            at, first, last = box
-            part = narrowed(part, at, first, last, describe)
-        parts.append(part)
-    shape = (*recipe.shape[:dim], stop - start, *recipe.shape[dim + 1 :])
-    return replace(recipe, parts=tuple(parts), shape=shape)
-
-
-def _stored_box(recipe: Dequantize, name: str, stored: tuple[int, ...], box: Box) -> Box | tuple[()] | None:
-    """What of one stored part belongs to a box of the matrix; () is all of it, None that it cannot be told."""
-    form, rank, (dim, start, stop) = recipe.format, len(recipe.shape), box
-    axis = dim - rank
-    match name:
-        case "factor" | "divisor":
-            return () if set(stored) <= {1} else None
-        case "codes":
-            each = CODES_A_WORD.get(form.layout, lambda bits: 0)(form.bits) if axis == -1 else int(form.layout in CODES_A_WORD)
-            counts = recipe.shape[dim] // each if each else 0
-        case "scales":
-            each = form.block[axis] if axis >= -2 else 1
-            if each == 0:
-                return ()
-            counts = -(-recipe.shape[dim] // each)
-        case _:
-            return None
-    if name == "scales" and len(stored) == rank - 1 and axis == -2:  # one for each row
-        stored = (*stored, 1)
-    is_on_borders = each > 0 and start % each == 0 and (stop % each == 0 or stop == recipe.shape[dim])
-    if len(stored) != rank or not is_on_borders or stored[dim] != counts:
+def _narrowed_matrix(recipe: Dequantize, dim: int, start: int, stop: int, describe: Fetch) -> Recipe | None:
+    """Part of a quantized matrix, read from the words and blocks that it touches; None where these are all there are."""
+    axis, form = dim - len(recipe.shape), recipe.format
+    if axis == -1 and form.block[1] >= recipe.shape[-1]:
+        form = replace(form, block=(form.block[0], 0))  # all columns share a scale, those of a part too
+    shapes = [tuple(shape_of(part, describe).shape) for part in recipe.parts]
+    try:
+        found = [spacing(form, name, recipe.shape, shape, axis) for name, shape in zip(form.parts, shapes, strict=True)]
+    except NotInPartsError:
         return None
-    return dim, start // each, -(-stop // each)
-
-
-CODES_A_WORD: dict[str, Callable[[int], int]] = {
-    "plain": lambda bits: 1,
-    "e2m1": lambda bits: 2,
-    "stream": lambda bits: 0 if 32 % bits else 32 // bits,
-}
-"""Layouts whose rows lie one after the other -> how many numbers of a row share one that is stored, by their bits."""
+    unit = lcm(*(each.numbers for each in found if each is not None))
+    first, last = start // unit * unit, min(-(-stop // unit) * unit, recipe.shape[dim])
+    if last - first == recipe.shape[dim]:
+        return None
+    parts = list[Recipe]()
+    for part, shape, each in zip(recipe.parts, shapes, found, strict=True):
+        if each is not None:
+            end = min(-(-last // each.numbers) * each.stored, shape[each.dim])
+            part = narrowed(part, each.dim, first // each.numbers * each.stored, end, describe)
+        parts.append(part)
+    made = replace(recipe, parts=tuple(parts), format=form, shape=(*recipe.shape[:dim], last - first, *recipe.shape[dim + 1 :]))
+    return made if (first, last) == (start, stop) else Slice(made, dim, start - first, stop - first)

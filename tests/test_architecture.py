@@ -21,10 +21,11 @@ PACKAGE = ROOT / "autodeploy"
 ARROWS = {
     ("errors", "config", "specs", "cache_folder"): (),
     ("formats",): ("errors",),
+    ("format_parts",): ("formats",),
     ("custom_ops",): ("config", "specs", "formats"),
     ("recipes",): ("custom_ops",),
     ("weights",): ("recipes",),
-    ("checkpoint", "codec", "shards"): ("weights",),
+    ("checkpoint", "codec", "shards"): ("weights", "format_parts"),
     ("graph_file",): ("codec",),
     ("program",): ("graph_file",),
     ("program_store",): ("cache_folder",),

@@ -19,6 +19,7 @@ from autodeploy.cli import app
 from autodeploy.config import LLMArgs
 from autodeploy.errors import ConfigError, UnsupportedModelError
 from autodeploy.executor.model_runner import ModelRunner
+from autodeploy.executor.packing import parameter_uses
 from autodeploy.plan.devices import COLLECTIVE_SECONDS, DEVICES, device_named
 from autodeploy.plan.estimate import collective_seconds
 from autodeploy.plan.plan import Plan, lower_for, plan_program, plan_stages, refuse_what_does_not_fit
@@ -29,6 +30,7 @@ from autodeploy.report.timeline import Timeline
 from autodeploy.shards import plan_of_rank
 from autodeploy.specs import Mesh, Target
 from benchmarks.meta_compile import make_config
+from tests.capture.test_quantized import BY_NAME, write
 from tests.models.families import make_model
 
 DEMO = str(Path(autodeploy.__file__).parent / "demo_model")
@@ -265,10 +267,61 @@ def test_what_is_refused_before_anything_is_compiled(options: tuple[str, ...], m
         CliRunner().invoke(app, ["plan", DEMO, *options], catch_exceptions=False)
 
 
-def test_a_quantized_checkpoint_is_noted(tmp_path: Path) -> None:
-    config = json.loads((Path(DEMO) / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "fp8"}}))
-    assert "stored as fp8; counted is the dense model" in plan_of(tmp_path).notes[0]
+QUICK = [("gptq", 2), ("compressed-tensors int8", 1)]
+LONG = [("gptq", 1), ("compressed-tensors int8", 2)] + [
+    (name, tp) for name in ("awq", "block fp8", "compressed-tensors w4a16 asymmetric") for tp in (1, 2)
+]
+
+
+@pytest.mark.parametrize(("name", "tp"), [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in LONG)])
+def test_bytes_of_a_quantized_checkpoint_are_those_of_each_rank(name: str, tp: int, tmp_path: Path) -> None:
+    """The plan sees config.json alone."""
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1, "num_attention_heads": 4, "head_dim": 64}
+    folder, _ = write(tmp_path, BY_NAME[name], make_model("llama", **sizes))
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    (alone / "config.json").write_bytes((folder / "config.json").read_bytes())
+    target, show = Target("cpu", mesh=Mesh(tp=tp)), Timeline(show=False)
+    planned = lower(LLMArgs(model=alone, dtype="bfloat16"), default_pipeline(target), target, show, meta=True)[0].program
+    lowered, _ = lower(LLMArgs(model=folder, dtype="bfloat16"), default_pipeline(target), target, show)
+    program, shared = lowered.program, lowered.program.weights
+    for rank in range(tp):
+        program.weights = plan_of_rank(shared, rank, lowered.source.fetch)
+        taken = ModelRunner(program, lowered.source, "cpu").weight_bytes
+        assert sum(stored_bytes(planned).values()) == pytest.approx(taken, rel=0.03)
+
+
+def test_a_quantized_config_on_a_gpu(tmp_path: Path) -> None:
+    """What kernels for GPUs read in few bits is counted so, and so is what stays dense."""
+    raw = json.loads((written(make_model("llama", hidden_size=256).config, tmp_path) / "config.json").read_text())
+
+    def planned(**settings: Any) -> Plan:
+        (tmp_path / "config.json").write_text(json.dumps({**raw, "quantization_config": settings} if settings else raw))
+        return plan_of(tmp_path)
+
+    left_out = ["model.layers.0.mlp.down_proj", "lm_head"]
+    plan = planned(quant_method="fp8", weight_block_size=[128, 128], modules_to_not_convert=left_out)
+    stored = {group.name: group.stored for group in plan.groups}
+    assert stored["model.layers.*.self_attn.o_proj.weight"] == "fp8" and stored["lm_head.weight"] == "bfloat16"
+    down = [group for group in plan.groups if "down_proj" in group.name]
+    assert {(group.count, group.stored) for group in down} == {(1, "bfloat16"), (1, "fp8")}
+    assert not plan.notes and plan.weight_bytes < planned().weight_bytes
+    with pytest.raises(UnsupportedModelError, match=r"'fp9' is not read\. Did you mean 'fp8'"):
+        planned(quant_method="fp9")
+
+
+def test_experts_of_gpt_oss_are_counted_as_their_provider_holds_them(tmp_path: Path) -> None:
+    raw = json.loads((written(make_model("gpt_oss").config, tmp_path) / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(raw | {"quantization_config": {"quant_method": "mxfp4"}}))
+    args, target = LLMArgs(model=tmp_path, device="cuda"), Target("cuda")
+    program = lower(args, default_pipeline(target), target, Timeline(show=False), meta=True)[0].program
+    experts = [name for name in program.weights if name.endswith("experts.down_proj")]
+    leaves = {leaf.name for name in experts for leaf in program.weights[name].leaves()}
+    assert leaves == {f"{name}.{part}" for name in experts for part in ("codes", "scales")}
+    uses, sizes = parameter_uses(program), stored_bytes(program)
+    for name in experts:
+        dense = program.parameter(name).nbytes
+        assert sizes[name] == dense if uses[name].dense else sizes[name] < dense / 2
 
 
 def test_devices_name_their_sources_and_read_in_order() -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from autodeploy.capture.quantized import dense_view
 from autodeploy.formats import SCHEMES, Format
 from autodeploy.recipes import (
     Cast,
@@ -29,6 +31,7 @@ from autodeploy.recipes import (
     integers,
 )
 from autodeploy.shards import narrowed, of_rank
+from tests.capture.test_quantized import BY_NAME
 
 STORED = {
     "a": torch.randn(8, 64, dtype=torch.float64),
@@ -121,11 +124,69 @@ def test_a_part_of_a_quantized_matrix_is_read_in_part(name: str, dim: int) -> No
         assert torch.equal(mine.numbers, theirs.numbers) and torch.equal(mine.scales, theirs.scales)
 
 
-def test_a_part_between_borders_is_cut_from_the_whole() -> None:
-    recipe, reader = stored_in(FORMATS["fp8 blocks"])
-    part = narrowed(recipe, 0, 16, 48, reader.describe)
-    assert isinstance(part, Slice)
-    assert torch.equal(evaluate(part, reader.fetch), evaluate(recipe, reader.fetch)[16:48])
+def test_a_part_between_borders_is_cut_from_the_blocks_around_it() -> None:
+    recipe, reader = stored_in(replace(SCHEMES["fp8"], block=(16, 32)))
+    part = narrowed(recipe, 0, 20, 40, reader.describe)
+    assert torch.equal(evaluate(part, reader.fetch), evaluate(recipe, reader.fetch)[20:40])
+    codes = next(leaf for leaf in part.leaves() if leaf.name == "w.codes")
+    assert isinstance(codes, Part) and codes.bounds == ((0, 16, 48),)
+
+
+def opened(name: str, rows: int, columns: int) -> tuple[Dequantize, Reader]:
+    """A matrix as a producer's checkpoint holds it."""
+    torch.manual_seed(0)
+    stored, _ = BY_NAME[name].make(rows, columns)
+    reader = Reader({f"m.{suffix}": part for suffix, part in stored.items()})
+    view = dense_view({"quantization_config": BY_NAME[name].settings}, FakeFolder(reader))  # pyright: ignore[reportArgumentType]
+    (recipe,) = view.recipes.values()
+    assert isinstance(recipe, Dequantize)
+    return recipe, reader
+
+
+class FakeFolder:
+    """Tensors in memory, asked as those of a folder are."""
+
+    folder = Path("nowhere")
+
+    def __init__(self, reader: Reader) -> None:
+        self.reader, self.fetch, self.describe_leaf = reader, reader.fetch, reader.describe
+
+    def names(self) -> list[str]:
+        return list(self.reader.tensors)
+
+    def describe(self, name: str) -> Tensor:
+        return self.reader.describe(Take(name))
+
+
+WHOLE_COLUMNS = ("bitsandbytes nf4", "bitsandbytes nf4 nested")
+"""Rows lie one behind the other in blocks, so that columns cannot be read alone."""
+
+
+def is_shared(recipe: Dequantize, role: str, count: int, dim: int) -> bool:
+    """Whether each row (dim 0), or each column, needs all of a stored part."""
+    if role.endswith("map") or count == 1 or role in ("order", "columns"):
+        return dim == 0 or role.endswith("map") or count == 1
+    is_by_row = recipe.format.block[1] in (0, recipe.shape[1]) or "order" in recipe.format.parts
+    return dim == 1 and role in ("scales", "zeros") and is_by_row
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("name", BY_NAME)
+def test_a_rank_reads_its_part_of_what_producers_store(name: str, dim: int) -> None:
+    recipe, reader = opened(name, 256, 512)
+    whole = evaluate(recipe, reader.fetch)
+    size = whole.shape[dim]
+    for start, stop in ((0, size // 2), (size // 2, size), (size // 4 + 1, size // 4 + 3)):
+        part = narrowed(recipe, dim, start, stop, reader.describe)
+        reader.asked.clear()
+        assert torch.equal(evaluate(part, reader.fetch), whole.narrow(dim, start, stop - start))
+        if name in WHOLE_COLUMNS and dim == 1:
+            assert isinstance(part, Slice) and part.source is recipe
+            continue
+        for role, leaf in zip(recipe.format.parts, recipe.leaves(), strict=True):
+            stored = reader.tensors[leaf.name]
+            asked = sum(num_bytes for each, num_bytes in reader.asked.items() if each.name == leaf.name)
+            assert asked <= stored.nbytes * (1 if is_shared(recipe, role, stored.numel(), dim) else 0.5), (role, start, stop)
 
 
 def test_zeros_go_behind() -> None:

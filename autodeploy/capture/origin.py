@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from autodeploy.capture.checkpoint import checkpoint_dtype, checkpoint_recipes
-from autodeploy.capture.quantized import dense_view
+from autodeploy.capture.expected_formats import expected_recipes
+from autodeploy.capture.quantized import dense_view, quantization_settings
 from autodeploy.capture.recurrent_layers import weights_still_to_scale
 from autodeploy.capture.skeleton import build_skeleton, cast_floats, read_config, skeleton_of
 from autodeploy.checkpoint import CheckpointSource, raw_config, read_json
@@ -56,7 +57,9 @@ def origin_of_config(folder: Path, dtype: str) -> Origin:
     config = read_config(folder)
     stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     skeleton: Any = build_skeleton(config, stored if dtype == "auto" else getattr(torch, dtype))
-    recipes = {name: Take(name) for name in skeleton.state_dict()}
+    recipes: dict[str, Recipe] = {name: Take(name) for name in skeleton.state_dict()}
+    if (settings := quantization_settings(raw_config(folder), folder)) is not None:
+        recipes |= expected_recipes(settings, skeleton)
     facts = ModelFacts.of(config, _generation_config(folder))
     return Origin(config, skeleton, recipes, dict(skeleton.named_buffers()), LiveSource({}), facts)
 

@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -56,7 +57,7 @@ class DenseView:
 
 def dense_view(raw: Mapping[str, Any], source: CheckpointSource) -> DenseView:
     """raw: config.json. Raises UnsupportedModelError for a format that is not read, CheckpointError for one that is broken."""
-    settings, view = quantization_settings(raw, source), DenseView(source)
+    settings, view = quantization_settings(raw, source.folder), DenseView(source)
     if settings is None:
         return view
     method = str(settings.get("quant_method"))
@@ -71,11 +72,11 @@ def dense_view(raw: Mapping[str, Any], source: CheckpointSource) -> DenseView:
     return view
 
 
-def quantization_settings(raw: Mapping[str, Any], source: CheckpointSource) -> dict[str, Any] | None:
+def quantization_settings(raw: Mapping[str, Any], folder: Path) -> dict[str, Any] | None:
     """`quantization_config` of config.json, or what ModelOpt writes beside it; None for a dense checkpoint."""
     if given := raw.get("quantization_config"):
         return dict(given)
-    path = source.folder / MODELOPT_FILE
+    path = folder / MODELOPT_FILE
     if not path.exists():
         return None
     return {"quant_method": "modelopt", **read_json(path).get("quantization", {})}

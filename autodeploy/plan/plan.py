@@ -9,7 +9,6 @@ from math import ceil
 from pathlib import Path
 
 from autodeploy._lower import lower
-from autodeploy.checkpoint import raw_config
 from autodeploy.config import LLMArgs
 from autodeploy.custom_ops.gpu import has_triton
 from autodeploy.errors import ConfigError
@@ -196,9 +195,6 @@ def _notes(program: Program, args: LLMArgs, mesh: Mesh) -> list[str]:
         found.append(f"no pass divided this program: each of the {mesh.tp} ranks holds all of it")
     if mesh.tp > MACHINE:
         found.append(f"a machine has {MACHINE} of these GPUs; that links between machines are slower is not in the bounds")
-    if (settings := raw_config(Path(args.model)).get("quantization_config")) and args.quantization is None:
-        method = settings.get("quant_method")
-        found.append(f"config.json says that the weights are stored as {method}; counted is the dense model. Try --quantization")
     if args.device != "cpu" and not has_triton():
         found.append("triton is not installed here, so that weights of few bits are counted dense; install it for a true plan")
     return found

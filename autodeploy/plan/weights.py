@@ -6,7 +6,6 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ import torch
 from autodeploy.executor.packing import parameter_uses
 from autodeploy.formats import Format
 from autodeploy.plan.calls import op_name
+from autodeploy.plan.packed import packed_bytes
 from autodeploy.program import Program
 from autodeploy.recipes import Recipe, Shard
 
@@ -38,20 +38,18 @@ class Group:
 
 
 def stored_bytes(program: Program) -> dict[str, int]:
-    """Parameter -> its bytes once it is loaded: packed for those that pack it, and dense for those that read it so."""
-    uses, found = parameter_uses(program), dict[str, int]()
+    """Parameter -> its bytes once it is loaded: as the providers that read it pack it, and dense for those that read it so."""
+    uses, found, known = parameter_uses(program), dict[str, int](), dict[Any, int]()
     for name in program.weights:
-        tensor, use, form = program.parameter(name), uses[name], program.weights.format_of(name)
-        packed = tensor.nbytes if form is None or not use.as_integers else _packed_bytes(tuple(tensor.shape), form)
-        found[name] = len(use.packers) * packed + use.dense * tensor.nbytes
+        tensor, use = program.parameter(name), uses[name]
+        form = program.weights.format_of(name) if use.as_integers else None
+        found[name] = use.dense * tensor.nbytes
+        for attribute, pack in use.packers.items():
+            key = attribute.removesuffix(name.replace(".", "_")), tuple(tensor.shape), tensor.dtype, form
+            if key not in known:
+                known[key] = packed_bytes(pack, *key[1:])
+            found[name] += known[key]
     return found
-
-
-def _packed_bytes(shape: tuple[int, ...], form: Format) -> int:
-    """Of `Integers` as the kernels of few bits lay them out; scales of 4 bits are bfloat16."""
-    groups = -(-shape[-1] // form.block[1]) if form.block[1] else 1
-    scales = prod(shape[:-1]) * groups * (1 + ("zeros" in form.parts)) * (2 if form.bits == 4 else 4)
-    return -(-prod(shape) * form.bits // 8) + scales
 
 
 def groups(program: Program) -> list[Group]:

@@ -18,11 +18,12 @@ from autodeploy.calibrate import quantize
 from autodeploy.checkpoint import CheckpointSource
 from autodeploy.config import LLMArgs
 from autodeploy.executor.distributed_runner import DistributedRunner
-from autodeploy.recipes import Initial, Leaf
+from autodeploy.recipes import Initial, Leaf, Take
 from autodeploy.report.timeline import Timeline
 from autodeploy.shards import plan_of_rank
 from autodeploy.specs import Mesh
 from autodeploy.weights import materialize
+from tests.capture.test_quantized import BY_NAME, write
 from tests.models.families import make_model
 
 PROMPTS = [[5, 6, 7, 8, 9], [11, 12], [13], list(range(20, 60))]
@@ -131,6 +132,16 @@ def test_ranks_of_a_quantized_checkpoint(folders: Path, scheme: str) -> None:
     check(folder, Mesh(2))
 
 
+SIZES = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1, "num_attention_heads": 4, "head_dim": 128}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("name", ["gptq act-order", "awq", "block fp8", "bitsandbytes nf4 nested"])
+def test_ranks_of_what_producers_store(name: str, tmp_path: Path) -> None:
+    check(write(tmp_path, BY_NAME[name], make_model("llama", **SIZES).double())[0], Mesh(2))
+
+
 # What a rank reads
 
 
@@ -163,3 +174,29 @@ def test_a_rank_asks_for_its_share_and_no_more(folders: Path, name: str, quantiz
             assert tensor.shape == program.parameter(each).shape  # pyright: ignore[reportAttributeAccessIssue]
         assert own < 0.6 * whole
         assert own <= sum(source.asked.values()) <= 1.01 * own
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "gptq",
+        *(pytest.param(each, marks=pytest.mark.slow) for each in ("awq", "block fp8", "compressed-tensors w4a16 asymmetric")),
+    ],
+)
+def test_ranks_of_a_quantized_checkpoint_ask_for_their_shares(name: str, tmp_path: Path) -> None:
+    """Both together ask for what one process does, once more what each has all of, and no more than 1 % beside."""
+    folder, _ = write(tmp_path, BY_NAME[name], make_model("llama", **SIZES))
+    args = LLMArgs(model=folder, dtype="bfloat16", program_cache=False, tensor_parallel_size=2)
+    program = trace(args, Timeline())
+    read = {each: made for each, made in program.weights.recipes.items() if any(type(leaf) is Take for leaf in made.leaves())}
+    shared = {leaf.name for recipe in read.values() if "shard(" in str(recipe) for leaf in recipe.leaves()}
+    leaves, whole = {leaf for recipe in read.values() for leaf in recipe.leaves()}, CheckpointSource(folder)
+    sizes = {leaf.name: whole.describe_leaf(leaf).nbytes for leaf in leaves}
+    asked = 0
+    for rank in range(2):
+        source = Counting(folder)
+        for _ in materialize(plan_of_rank(replace(program.weights, recipes=read), rank, source.describe_leaf), source):
+            pass
+        asked += sum(source.asked.values())
+    own = sum(size * (1 if each in shared else 2) for each, size in sizes.items())
+    assert len(shared) > 15 and own <= asked <= 1.01 * own
