@@ -211,7 +211,7 @@ def _attention(kind: str, *, window: int = 0, softcap: float = 0.0, sinks: bool 
 
 
 def _flashinfer(kind: str, label: str, **settings: Any) -> Case:
-    """The same, planned on the host beforehand as a step is. Models are not served by it here: that is its plugin's to ask for."""
+    """The same, planned on the host beforehand as a step is. Models are not served by it: its plugin would ask for that."""
     before = list(ATTENTION_BACKENDS)
     module = import_module("autodeploy.custom_ops.flashinfer_attention")
     ATTENTION_BACKENDS[:] = before

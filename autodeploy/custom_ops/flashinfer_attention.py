@@ -1,8 +1,8 @@
 """FlashInfer as an attention backend, over the caches of this package. **No GPU has run it yet.**
 
 Nothing imports this module unless it is asked for: `plugins=["autodeploy.custom_ops.flashinfer_attention:use"]`. A step is
-planned on the host before it runs, each kind of layer once. Decode steps of one size share a wrapper whose arrays stay in place, so that
-a CUDA graph can hold its calls.
+planned on the host before it runs, each kind of layer once. Decode steps of one size share a wrapper whose arrays stay in place,
+so that a CUDA graph can hold its calls. What is planned belongs to the process: one engine in it at a time.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ class Kind:
     num_kv_heads: int
     head_dim: int
     page_size: int
+    num_pages: int
+    """Of the cache: so many can be planned at once."""
     dtype: torch.dtype
     scale: float
     window: int
@@ -110,7 +112,7 @@ class FlashInferBackend(AttentionBackend):
         if self._workspace is None:
             self._workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=cache.device)
         if size:
-            lengths = (size + 1, size + 1, cache.shape[0] + size, size)  # padding has one page each
+            lengths = (size + 1, size + 1, kind.num_pages + size, size)  # padding has one page each
             arrays = [torch.zeros(length, dtype=torch.int32, device=cache.device) for length in lengths]
             names = ("qo_indptr_buf", "paged_kv_indptr_buf", "paged_kv_indices_buf", "paged_kv_last_page_len_buf")
             settings = {"use_cuda_graph": True, **dict(zip(names, arrays, strict=True))}
@@ -173,7 +175,7 @@ def planned_attention(
     head_dim_v: int,
 ) -> Tensor:
     """By the wrapper that was planned for this step; tables and lengths were read on the host."""
-    shape = (q.shape[1], cache.shape[2], head_dim_v, cache.shape[1])
+    shape = (q.shape[1], cache.shape[2], head_dim_v, cache.shape[1], cache.shape[0])
     kind = Kind(*shape, q.dtype, scale, window, softcap, sinks is not None)
     return BACKEND.attend(kind, q, cache, sinks)
 
