@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from autodeploy import custom_ops as ops
+from autodeploy.custom_ops.attention_backend import ATTENTION_BACKENDS
 from autodeploy.custom_ops.op import Provider, call_arguments
 from autodeploy.formats import SCHEMES, Format, Integers
 from autodeploy.specs import SCALE_BYTES, SCALED_DTYPES, Target
@@ -207,6 +210,21 @@ def _attention(kind: str, *, window: int = 0, softcap: float = 0.0, sinks: bool 
     return make
 
 
+def _flashinfer(kind: str, label: str, **settings: Any) -> Case:
+    """The same, planned on the host beforehand as a step is. Models are not served by it: its plugin would ask for that."""
+    before = list(ATTENTION_BACKENDS)
+    module = import_module("autodeploy.custom_ops.flashinfer_attention")
+    ATTENTION_BACKENDS[:] = before
+
+    def make(draw: Draw) -> Args:
+        args = _attention(kind, **settings)(draw)
+        names = ("page_table", "cu_seqlens_q", "seq_lens")
+        module.BACKEND.plan({name: args[2 + i].cpu().numpy() for i, name in enumerate(names)})
+        return args
+
+    return Case(module.flashinfer_attention, f"{kind}{label}", make, (torch.bfloat16,))
+
+
 def _latent(draw: Draw) -> Args:
     """One head of keys whose last part is the values."""
     s, (lengths, new) = draw.sizes, _kind(draw, "decode")
@@ -372,6 +390,11 @@ def cases() -> Iterator[Case]:
         yield Case(ops.paged_attention, kind, _attention(kind))
         yield Case(ops.paged_attention, f"{kind}, window", _attention(kind, window=13))
         yield Case(ops.paged_attention, f"{kind}, sinks and softcap", _attention(kind, sinks=True, softcap=20.0))
+    if find_spec("flashinfer") is not None:
+        for kind in ("decode", "prefill", "mixed"):
+            yield _flashinfer(kind, "")
+            yield _flashinfer(kind, ", window", window=13)
+            yield _flashinfer(kind, ", sinks", sinks=True)
     yield Case(ops.paged_attention, "decode, latent", _latent)
     yield Case(ops.paged_attention, "decode, int8 cache", _int8_attention)
     for kind in ("decode", "prefill"):
