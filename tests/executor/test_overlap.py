@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from functools import cache
 from typing import Any
 
 import pytest
@@ -25,23 +24,10 @@ def results(compiled: CompiledModel, params: Any) -> list[tuple[Any, ...]]:
     return [(each.token_ids, each.finish_reason, each.stop_reason) for each in found]
 
 
-@cache
-def plain_results(family: str) -> list[tuple[Any, ...]]:
-    """Of `LONG`."""
+def plain_results(family: str, *params: Any) -> list[Any]:
     compiled = autodeploy.compile(make_model(family), kv_cache_config={"page_size": 4, "max_tokens": 512})
-    found = results(compiled, LONG)
+    found = [results(compiled, each) for each in params]
     compiled.shutdown()
-    return found
-
-
-def cut(expected: list[tuple[Any, ...]], params: list[SamplingParams]) -> list[tuple[Any, ...]]:
-    """What shorter lengths, or stop tokens, leave of them."""
-    found = list[tuple[Any, ...]]()
-    for (tokens, *_), each in zip(expected, params, strict=True):
-        assert each.max_tokens is not None
-        at = next((i for i, token in enumerate(tokens[: each.max_tokens]) if token in each.stop_ids), None)
-        stopped = (tokens[: each.max_tokens], "length", None) if at is None else (tokens[: at + 1], "stop", tokens[at])
-        found.append(stopped)
     return found
 
 
@@ -65,9 +51,9 @@ def stopping(tokens: list[tuple[Any, ...]]) -> SamplingParams:
 
 @pytest.mark.parametrize("family", ["qwen3", "mixtral", "qwen3_next"])
 def test_tokens_and_reasons_are_those_of_plain_steps(family: str) -> None:
-    expected = cut(plain_results(family), LENGTHS)
-    stops = stopping(plain_results(family))
-    stopped = cut(plain_results(family), [stops] * 4)
+    (expected,) = plain_results(family, LENGTHS)
+    stops = stopping(expected)
+    (stopped,) = plain_results(family, stops)
     assert {reason for _, reason, _ in stopped} >= {"stop"}
     compiled = with_graphs(family, CpuDevice())
     known = watch(compiled)
@@ -81,7 +67,7 @@ def test_tokens_and_reasons_are_those_of_plain_steps(family: str) -> None:
 
 
 def test_the_plain_loop_waits_for_each_step_once() -> None:
-    expected = cut(plain_results("qwen3"), LENGTHS)
+    (expected,) = plain_results("qwen3", LENGTHS)
     compiled = with_graphs("qwen3", CpuDevice(), disable_overlap_scheduler=True)
     known = watch(compiled)
     assert results(compiled, LENGTHS) == expected
@@ -113,7 +99,7 @@ def test_greedy_tokens_are_found_inside_the_graph() -> None:
 
 
 def test_a_pool_that_is_too_small_preempts_as_ever() -> None:
-    expected = plain_results("qwen3")
+    (expected,) = plain_results("qwen3", LONG)
     compiled = with_graphs("qwen3", CpuDevice(), pool=100)
     known = watch(compiled)
     assert results(compiled, LONG) == expected
@@ -123,7 +109,7 @@ def test_a_pool_that_is_too_small_preempts_as_ever() -> None:
 
 
 def test_who_is_aborted_or_comes_in_between_leaves_the_others_their_tokens() -> None:
-    expected = plain_results("qwen3_next")
+    (expected,) = plain_results("qwen3_next", LONG)
     compiled = with_graphs("qwen3_next", CpuDevice())
     graphs, enough, count = graphs_of(compiled), threading.Event(), [0]
     launch = graphs.launch
@@ -150,7 +136,7 @@ def test_who_is_aborted_or_comes_in_between_leaves_the_others_their_tokens() -> 
 
 @pytest.mark.parametrize("where", ["launch", "wait"])
 def test_a_step_that_fails_in_between_ends_no_request_that_gets_past_it_alone(where: str) -> None:
-    expected = plain_results("qwen3_next")
+    (expected,) = plain_results("qwen3_next", LONG)
     compiled = with_graphs("qwen3_next", CpuDevice())
     graphs, left = graphs_of(compiled), [12]
     launch = graphs.launch
@@ -172,7 +158,7 @@ def test_a_step_that_fails_in_between_ends_no_request_that_gets_past_it_alone(wh
 
 
 def test_logits_that_are_not_finite_end_their_request_alone() -> None:
-    expected = plain_results("qwen3")
+    (expected,) = plain_results("qwen3", LONG)
     compiled = with_graphs("qwen3", CpuDevice())
     graphs, left = graphs_of(compiled), [12]
     launch = graphs.launch
