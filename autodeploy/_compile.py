@@ -352,12 +352,15 @@ class CompiledModel:
         units = sizes.units(self._num_pages())
         with self.timeline.phase("allocate KV pool"):
             self.runner.allocate(units, sizes.page_size)
+        sampler, launcher = Sampler(self.facts.vocab_size, args.seed), None
+        if isinstance(self.runner, ModelRunner) and (launcher := self.runner.graphs) is not None:
+            launcher.greedy = sampler.greedy
         self._capture_ahead(sizes.page_size)
         kv = sizes.manager(units)
         thresholds = self.runner.rope_thresholds
         scheduler = Scheduler(kv, args.max_batch_size, args.max_num_tokens, self.max_seq_len, self._chunks, thresholds)
         batches = BatchBuilder(kv, args.max_batch_size, args.max_num_tokens)
-        executor = ADExecutor(self.runner, scheduler, batches, Sampler(self.facts.vocab_size, args.seed))
+        executor = ADExecutor(self.runner, scheduler, batches, sampler, launcher, not args.disable_overlap_scheduler)
         if isinstance(self.runner, DistributedRunner):
             self.runner.ranks.tell(executor.fail)
         return executor

@@ -346,7 +346,6 @@ class LLMArgs(_Options):
         data_parallel_size=(1,),
         max_beam_width=(1,),
         cpu_offload_gb=(0,),
-        disable_overlap_scheduler=(True,),
         attn_backend=("auto",),
         attention_backend=("auto",),
         sampler_type=("auto",),
@@ -410,6 +409,9 @@ class LLMArgs(_Options):
         default=CudaGraphConfig(), description="a CudaGraphConfig, a dict of its options, or None or False for no CUDA graphs"
     )
     enforce_eager: bool = Field(default=False, description="True is cuda_graph_config={'enabled': False}")
+    disable_overlap_scheduler: bool = Field(
+        default=False, description="whether a GPU waits for the tokens of a decode step before the next one is started"
+    )
     enable_chunked_prefill: bool = Field(default=True, description="whether a long prompt may be computed over several steps")
     seed: int = Field(default=0, ge=0, lt=2**63, description="the seed of draws of requests that bring none, in [0, 2**63)")
     plugins: tuple[str, ...] = Field(default=(), description="the plugins to apply: names of installed ones, or module:attribute")

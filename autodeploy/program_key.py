@@ -33,7 +33,7 @@ from autodeploy.specs import Target
 WITHOUT_INFLUENCE = {
     *("model", "backend", "program_cache", "tokenizer", "skip_tokenizer_init", "seed"),
     *("max_seq_len", "max_num_tokens", "max_batch_size", "enable_chunked_prefill"),
-    *("cuda_graph_config", "enforce_eager", "distributed_executor_backend", "distributed_timeout"),
+    *("cuda_graph_config", "enforce_eager", "disable_overlap_scheduler", "distributed_executor_backend", "distributed_timeout"),
     *("device", "kv_cache_config", "pipeline", "plugins"),  # they are in other facts
     *("tensor_parallel_size", "moe_expert_parallel_size", "pipeline_parallel_size"),  # in the target
 }

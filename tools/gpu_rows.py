@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from autodeploy import CompiledModel
-from autodeploy.executor.cuda_graphs import CudaDevice, OnDeviceOnly, ladder
+from autodeploy.executor.cuda_graphs import ladder
+from autodeploy.executor.graph_device import CudaDevice, OnDeviceOnly
 
 POISON = ("CUDA error", "illegal memory access", "misaligned address", "device-side assert", "unspecified launch failure")
 """In errors after which the GPU answers a process no more."""

@@ -9,36 +9,25 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from itertools import accumulate
-from math import prod
-from typing import Any, NamedTuple, Protocol
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 from autodeploy.custom_ops import provider_at_work
 from autodeploy.executor.batch import MIN_PAGES
+from autodeploy.executor.graph_device import GraphDevice, Replay, StepInputs
 from autodeploy.executor.kv_cache import SCRATCH_PAGE
-from autodeploy.specs import DTYPE_BYTES, BatchMetadata, input_spec
+from autodeploy.specs import BatchMetadata, input_spec
 
-ALIGNMENT = 128
-"""Bytes; where each input begins."""
-WARM_UPS = 2
-"""Runs before a capture: kernels are compiled and workspaces taken outside of it."""
 SMALL_SIZES, STEP = (1, 2, 4), 8
 PADDING = {"seq_lens": 1, "rope_len": 1}
 """What padding has in place of scratch page, slot, token and position 0."""
-INDEXING = {torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default}
-COPIES = {"aten::to", "aten::_to_copy", "aten::copy_", "aten::_copy_from"}
-"""Names of ops that may go from one device to another; what others take from the host are single numbers."""
-
-Replay = Callable[[], None]
 
 
 @dataclass(frozen=True)
@@ -56,138 +45,26 @@ class StepShape(NamedTuple):
     num_pages: int
 
 
-class GraphDevice(Protocol):
-    """What a GPU does for steps. Tests put a CPU in its place."""
-
-    def use(self) -> AbstractContextManager[Any]:
-        """The calling thread works on this device."""
-        ...
-
-    def host_bytes(self, num_bytes: int) -> Tensor:
-        """Memory of the host that the device can read by itself, uint8 [num_bytes]."""
-        ...
-
-    def device_bytes(self, num_bytes: int) -> Tensor:
-        """Memory of the device, uint8 [num_bytes]."""
-        ...
-
-    def upload(self, target: Tensor, source: Tensor) -> Callable[[], None]:
-        """Start to copy from host to device; the result waits until `source` may be written to again."""
-        ...
-
-    def capture(self, step: Callable[[], None]) -> Replay:
-        """Run a step some times, then capture it. It must neither wait for the device nor copy between it and the host."""
-        ...
-
-
-class CudaDevice:
-    """A GPU, with one memory pool for all graphs: one of them runs at a time."""
-
-    def __init__(self, name: str) -> None:
-        given = torch.device(name)
-        self._device = torch.device("cuda", torch.cuda.current_device() if given.index is None else given.index)
-        self._stream: Any = None
-        self._pool: Any = None
-
-    def use(self) -> AbstractContextManager[Any]:
-        return torch.cuda.device(self._device)
-
-    def host_bytes(self, num_bytes: int) -> Tensor:
-        return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
-
-    def device_bytes(self, num_bytes: int) -> Tensor:
-        return torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
-
-    def upload(self, target: Tensor, source: Tensor) -> Callable[[], None]:
-        target.copy_(source, non_blocking=True)
-        copied = torch.cuda.Event()
-        copied.record()
-        return copied.synchronize
-
-    def capture(self, step: Callable[[], None]) -> Replay:
-        if self._pool is None:
-            self._stream, self._pool = torch.cuda.Stream(self._device), torch.cuda.graph_pool_handle()
-        self._warm_up(step)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            step()
-        return graph.replay
-
-    def _warm_up(self, step: Callable[[], None]) -> None:
-        current = torch.cuda.current_stream()
-        self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            for _ in range(WARM_UPS):
-                step()
-            with OnDeviceOnly():  # a capture that fails half-way leaves torch's allocator in disorder: find out before
-                step()
-        current.wait_stream(self._stream)
-
-
-class OnDeviceOnly(TorchDispatchMode):
-    """Raises RuntimeError at the first op that no graph can hold: one that gives numbers to the host, or copies to or from it."""
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # it would import dynamo, only to be told to stay away
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if _waits(func, args):
-            raise RuntimeError(f"{func} waits for the device")
-        result = func(*args, **(kwargs or {}))
-        tensors = [x for x in tree_iter((args, kwargs, result)) if isinstance(x, Tensor)]
-        devices = {x.device.type for x in tensors if func._schema.name in COPIES or x.dim() or x.device.type != "cpu"}
-        if len(devices) > 1:
-            raise RuntimeError(f"{func} works on {' and '.join(sorted(devices))}")
-        return result
-
-
-def _waits(func: Any, args: Any) -> bool:
-    """Whether a shape or a number that the host sees depends on numbers of the device."""
-    if func in INDEXING:
-        return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
-    return torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags
-
-
-class StepInputs:
-    """A step's inputs, in one piece on the host and in one on the device.
-
-    arrays: by name, views of the first. tensors: of the second, in the order of `shapes`.
-    """
-
-    def __init__(self, shapes: Mapping[str, tuple[int, ...]], gpu: GraphDevice) -> None:
-        dtypes = [input_spec(name).dtype for name in shapes]
-        sizes = [prod(shape) * DTYPE_BYTES[dtype] for shape, dtype in zip(shapes.values(), dtypes, strict=True)]
-        starts = list(accumulate((-(-size // ALIGNMENT) * ALIGNMENT for size in sizes), initial=0))
-        self._gpu = gpu
-        self._wait: Callable[[], None] | None = None
-        self._host, self._device = gpu.host_bytes(starts[-1]), gpu.device_bytes(starts[-1])
-        self.arrays: dict[str, np.ndarray] = {}
-        self.tensors: list[Tensor] = []
-        for (name, shape), dtype, start, size in zip(shapes.items(), dtypes, starts, sizes, strict=False):
-            mine, theirs = (memory[start : start + size].view(getattr(torch, dtype)) for memory in (self._host, self._device))
-            self.arrays[name] = mine.view(shape).numpy()
-            self.tensors.append(theirs.view(shape))
-
-    def writable(self) -> dict[str, np.ndarray]:
-        """The arrays, once the device has read what was in them."""
-        if self._wait is not None:
-            self._wait()
-        return self.arrays
-
-    def upload(self) -> list[Tensor]:
-        """Start to copy the arrays; the tensors that will have them."""
-        self._wait = self._gpu.upload(self._device, self._host)
-        return self.tensors
-
-
 @dataclass
 class CapturedStep:
-    """A graph, and what it reads and writes. logits [size, V]: valid until another step."""
+    """A graph, and what it reads and writes. logits [size, V], chosen [size, 2] (of `greedy`): valid until another step."""
 
     inputs: StepInputs
     replay: Replay
     logits: Tensor
+    chosen: Tensor | None
+
+
+class LaunchedStep:
+    """A decode step that the device may still be at. chosen [N, 2]: the largest logit and its token, per request."""
+
+    def __init__(self, chosen: Tensor, wait: Callable[[], np.ndarray]) -> None:
+        self.chosen, self._wait = chosen, wait
+
+    @cached_property
+    def found(self) -> np.ndarray:
+        """`chosen`, once it is there; on the host."""
+        return self._wait()
 
 
 class CudaGraphRunner:
@@ -208,6 +85,8 @@ class CudaGraphRunner:
         self.names, self.options, self.sizes = list(names), options, ladder(options.max_batch_size)
         self.failure = ""
         """Why nothing is captured any more."""
+        self.greedy: Callable[[Tensor], Tensor] | None = None
+        """What graphs end with, set before the first step: logits [N, V] -> [N, 2], the largest of each row and its token."""
         self._compute, self._gpu, self._plan = compute, gpu, plan
         self.clear()
 
@@ -217,6 +96,7 @@ class CudaGraphRunner:
         self.num_replays, self.capture_seconds = 0, 0.0
         self._known: set[StepShape] = set()
         self._logits: Tensor | None = None
+        self._chosen: Tensor | None = None
 
     def use(self) -> AbstractContextManager[Any]:
         return self._gpu.use()
@@ -226,6 +106,22 @@ class CudaGraphRunner:
         with self._gpu.use():
             step = self._step_for(batch)
             return self._run_plain(batch) if step is None else self._run_captured(step, batch)
+
+    @torch.inference_mode()
+    def launch(self, batch: BatchMetadata, after: LaunchedStep | None) -> LaunchedStep:
+        """Start a decode step without waiting for it. after: the step before, of the same requests, whose tokens it goes on with.
+
+        Without one it goes on with those of the batch.
+        """
+        assert self.greedy is not None
+        with self._gpu.use():
+            tokens = None if after is None else after.chosen[:, 1].long()  # a copy: a capture writes to where `chosen` is
+            step = self._step_for(batch)
+            if step is None or step.chosen is None:
+                chosen = self.greedy(self._run_plain(batch, tokens))
+            else:
+                chosen = step.chosen[: len(self._run_captured(step, batch, tokens))]
+            return LaunchedStep(chosen, self._gpu.download(chosen))
 
     def shapes(self, num_pages: int) -> list[StepShape]:
         """All that steps with up to that many pages per request may have, the largest first: the others fit into its memory."""
@@ -280,20 +176,23 @@ class CudaGraphRunner:
             array[...] = np.arange(len(array)) if _kind(name) == "cu_seqlens_q" else _padding(name)
         self._plan(inputs.arrays)
         tensors = inputs.upload()
-        logits = self._place_for(self._compute(tensors))[: shape.size]
+        logits, chosen = self._places_for(self._compute(tensors), shape.size)
 
         def step() -> None:
             logits.copy_(self._compute(tensors))
+            if chosen is not None and self.greedy is not None:
+                chosen.copy_(self.greedy(logits))
 
-        return CapturedStep(inputs, self._gpu.capture(step), logits)
+        return CapturedStep(inputs, self._gpu.capture(step), logits, chosen)
 
-    def _place_for(self, logits: Tensor) -> Tensor:
-        """Where all graphs leave their logits, [largest size, V]: a graph's own memory is another one's too."""
+    def _places_for(self, logits: Tensor, size: int) -> tuple[Tensor, Tensor | None]:
+        """Where all graphs leave what they find, for [largest size] rows: a graph's own memory is another one's too."""
         if self._logits is None:
             self._logits = logits.new_empty(self.sizes[-1], logits.shape[1])
-        return self._logits
+            self._chosen = None if self.greedy is None else logits.new_empty(self.sizes[-1], 2, dtype=torch.float64)
+        return self._logits[:size], None if self._chosen is None else self._chosen[:size]
 
-    def _run_captured(self, step: CapturedStep, batch: BatchMetadata) -> Tensor:
+    def _run_captured(self, step: CapturedStep, batch: BatchMetadata, tokens: Tensor | None = None) -> Tensor:
         arrays = step.inputs.writable()
         for name, array in arrays.items():
             if _kind(name) != "cu_seqlens_q":  # it is always one token each
@@ -302,19 +201,25 @@ class CudaGraphRunner:
                     array.fill(_padding(name))
                 array[tuple(map(slice, given.shape))] = given
         self._plan({**batch, **arrays})
-        step.inputs.upload()
+        self._replace_tokens(step.inputs.upload(), tokens)
         step.replay()
         self.num_replays += 1
         rows = "logits_indices" if "logits_indices" in self.names else "seq_lens"
         return step.logits[: len(batch[rows])]
 
-    def _run_plain(self, batch: BatchMetadata) -> Tensor:
+    def _run_plain(self, batch: BatchMetadata, tokens: Tensor | None = None) -> Tensor:
         """Memory of the host is new for each step; torch gives it out again when the device has read it."""
         self._plan(batch)
         inputs = StepInputs({name: batch[name].shape for name in self.names}, self._gpu)
         for name, array in inputs.arrays.items():
             array[...] = batch[name]
-        return self._compute(inputs.upload())
+        return self._compute(self._replace_tokens(inputs.upload(), tokens))
+
+    def _replace_tokens(self, inputs: list[Tensor], tokens: Tensor | None) -> list[Tensor]:
+        """Have the first ids of the inputs be those that the device has found itself."""
+        if tokens is not None:
+            inputs[self.names.index("input_ids")][0, : len(tokens)].copy_(tokens)
+        return inputs
 
 
 def ladder(max_batch_size: int) -> tuple[int, ...]:

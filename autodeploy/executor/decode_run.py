@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from autodeploy.executor.batch import BatchBuilder, WantedRows
+from autodeploy.executor.cuda_graphs import LaunchedStep
 from autodeploy.executor.outputs import RequestHandle
 from autodeploy.executor.request import Request
 from autodeploy.specs import BatchMetadata
@@ -26,6 +27,8 @@ class DecodeRun:
         self._batches, self._streams = batches, streams
         self._inputs = np.array([request.output_token_ids[-1] for request in self.requests], dtype=np.int64)
         self._sampled: list[np.ndarray] = []
+        self.under_way: list[LaunchedStep] = []
+        """Steps whose tokens are not taken yet, in order."""
         self._steps_left = min(request.max_new_tokens - len(request.output_token_ids) for request in self.requests) - 1
         self._stops = np.zeros(vocab_size, dtype=np.bool_)
         for request in self.requests:
@@ -38,8 +41,11 @@ class DecodeRun:
         return params.is_plain_argmax and not (params.stop_strings or request.return_context_logits or request.is_finished)
 
     def advance(self) -> BatchMetadata | None:
-        """The arrays of the next step; None when the scheduler is to decide, since a request may end or needs a page."""
-        return self._batches.advance(self._inputs, self.requests) if self._steps_left > 0 else None
+        """The arrays of the next step; None when the scheduler is to decide, since a request may end or needs a page.
+
+        With a step under way, it goes on with the tokens of that one, and those in the arrays are old.
+        """
+        return self._batches.advance(self._inputs, self.requests) if self._steps_left > len(self.under_way) else None
 
     def take(self, tokens: np.ndarray) -> bool:
         """Keep the tokens [num_requests] of the step, unless one of them may end its request; whether they are kept."""

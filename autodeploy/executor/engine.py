@@ -15,12 +15,14 @@ from autodeploy.custom_ops import provider_at_work
 from autodeploy.errors import EngineDeadError, ExecutionError, RequestError
 from autodeploy.executor.batch import BatchBuilder, WantedRows
 from autodeploy.executor.cores import end_idle_threads
+from autodeploy.executor.cuda_graphs import CudaGraphRunner
 from autodeploy.executor.decode_run import DecodeRun
 from autodeploy.executor.model_runner import Runner
 from autodeploy.executor.outputs import RequestHandle
-from autodeploy.executor.request import FinishReason, Request
-from autodeploy.executor.sampler import Sampler
-from autodeploy.executor.scheduler import ScheduledBatch, Scheduler
+from autodeploy.executor.request import FinishReason, Request, RequestStatus
+from autodeploy.executor.sampler import Sampler, choice_of, tokens_of
+from autodeploy.executor.scheduler import ScheduledBatch, ScheduledRequest, Scheduler
+from autodeploy.specs import BatchMetadata
 
 PATIENCE = 3.0
 """Seconds that the loop has to end by itself when the runner is dead."""
@@ -32,8 +34,18 @@ class ADExecutor:
     Only the loop's thread touches scheduler, runner and sampler. Others append a command to a queue and wake it.
     """
 
-    def __init__(self, runner: Runner, scheduler: Scheduler, batches: BatchBuilder, sampler: Sampler) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        scheduler: Scheduler,
+        batches: BatchBuilder,
+        sampler: Sampler,
+        launcher: CudaGraphRunner | None = None,
+        overlaps: bool = True,
+    ) -> None:
+        """launcher: what starts decode steps without waiting. overlaps: whether before the tokens of the last one are known."""
         self.runner, self.scheduler, self.batches, self.sampler = runner, scheduler, batches, sampler
+        self.launcher, self._num_ahead = launcher, int(overlaps)
         self.num_steps = self.num_preemptions = 0
         self._run: DecodeRun | None = None
         self._handles: dict[int, RequestHandle] = {}
@@ -154,12 +166,15 @@ class ADExecutor:
         return len(requests) == len(batch.requests) and all(map(DecodeRun.suits, requests))
 
     def _step_of_run(self, run: DecodeRun) -> bool:
-        """A step without a look at each request; False when it cannot be one, and nothing has been done."""
+        """A step without a look at each request; False when it cannot be one, and the run has ended."""
         metadata = run.advance()
         if metadata is None:
             self._end_run()
             return False
         self.num_steps += 1
+        if self.launcher is not None:
+            self._launch(self.launcher, run, metadata)
+            return True
         try:
             logits = self.runner.forward(metadata, run.rows)
         except EngineDeadError:
@@ -175,10 +190,35 @@ class ADExecutor:
             self._finish_step(batch, [WantedRows(entry, i, i + 1) for i, entry in enumerate(batch.requests)], logits)
         return True
 
+    def _launch(self, launcher: CudaGraphRunner, run: DecodeRun, metadata: BatchMetadata) -> None:
+        """Start a step, then take the tokens of the one before it, which the device has computed meanwhile."""
+        try:
+            run.under_way.append(launcher.launch(metadata, run.under_way[-1] if run.under_way else None))
+            while len(run.under_way) > self._num_ahead:
+                tokens = tokens_of(run.under_way[0].found)
+                if tokens is None or not run.take(tokens):
+                    self._end_run()
+                    return
+                del run.under_way[0]
+        except Exception as error:
+            self._end_run()
+            self._isolate(_living(run), error)
+
     def _end_run(self) -> None:
-        if self._run is not None:
-            self._run.hand_over()
-            self._run = None
+        """Hand over all tokens, those of steps under way too: each goes on from there or has ended before."""
+        run, self._run = self._run, None
+        if run is None:
+            return
+        run.hand_over()
+        try:
+            for step in run.under_way:
+                for request, found in zip(run.requests, step.found, strict=True):
+                    if not request.is_finished:
+                        request.num_computed_tokens = request.num_tokens
+                        self.scheduler.kv.update(request)
+                        self._take(request, choice_of(request, found))
+        except Exception as error:
+            self._isolate(_living(run), error)
 
     def _take(self, request: Request, token: int | ExecutionError) -> None:
         """One sampled token, or what went wrong instead."""
@@ -193,7 +233,7 @@ class ADExecutor:
 
     def _isolate(self, batch: ScheduledBatch, error: Exception) -> None:
         """A forward raised: its only request has failed, or each of its requests runs alone for a while."""
-        if len(batch.requests) > 1:
+        if len(batch.requests) != 1:
             self.scheduler.suspect(batch)
             return
         request = batch.requests[0].request
@@ -247,6 +287,11 @@ class ADExecutor:
             error.__cause__ = self._death
         for handle in list(self._handles.values()):
             self._finish(handle.request, FinishReason.ABORT if error is None else FinishReason.ERROR, error)
+
+
+def _living(run: DecodeRun) -> ScheduledBatch:
+    """What was to be computed of the requests of a run that go on, as far as up to two steps have come."""
+    return ScheduledBatch([ScheduledRequest(request, 2) for request in run.requests if request.status is RequestStatus.RUNNING])
 
 
 def _refuse_unknown_tokens(request: Request, vocab_size: int) -> None:

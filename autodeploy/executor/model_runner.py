@@ -14,7 +14,8 @@ from torch.fx.node import map_aggregate
 from autodeploy.custom_ops.attention_backend import backend_named
 from autodeploy.executor.batch import WantedRows
 from autodeploy.executor.cores import available_cores
-from autodeploy.executor.cuda_graphs import CudaDevice, CudaGraphRunner, GraphOptions
+from autodeploy.executor.cuda_graphs import CudaGraphRunner, GraphOptions
+from autodeploy.executor.graph_device import CudaDevice
 from autodeploy.executor.packing import bytes_of, parameter_uses, read_packed, release_freed_memory
 from autodeploy.executor.recorded_step import Arena, RecordedStep, can_record, record
 from autodeploy.executor.request import Request

@@ -48,19 +48,20 @@ class Sampler:
     def __call__(self, logits: Tensor, requests: list[Request]) -> list[int | ExecutionError]:
         """One token per row of `logits` [num_requests, vocab], of any float dtype; an error for a row that is not finite."""
         logits = logits[:, : self.vocab_size]
-        highest, tokens = (found.tolist() for found in largest_of_rows(logits))
-        result: list[int | ExecutionError] = tokens
+        found = self.greedy(logits).cpu().numpy()
+        result = [choice_of(request, row) for request, row in zip(requests, found, strict=True)]
         for row, request in enumerate(requests):
-            if not math.isfinite(highest[row]):
-                result[row] = _not_finite(request, highest[row])
-            elif not request.sampling_params.is_plain_argmax:
+            if isinstance(result[row], int) and not request.sampling_params.is_plain_argmax:
                 result[row] = self._sample(logits[row].float(), request)
         return result
 
+    def greedy(self, logits: Tensor) -> Tensor:
+        """The largest logit of each row and its token, [N, 2] float64: one tensor comes to the host in one copy."""
+        return torch.stack(list(map(Tensor.double, largest_of_rows(logits[:, : self.vocab_size]))), dim=1)
+
     def largest(self, logits: Tensor) -> np.ndarray | None:
         """The token of the largest logit of each row, as for requests that want no more; None when one is not finite."""
-        highest, tokens = largest_of_rows(logits[:, : self.vocab_size])
-        return tokens.cpu().numpy() if bool(highest.isfinite().all()) else None
+        return tokens_of(self.greedy(logits).cpu().numpy())
 
     def forget(self, request: Request) -> None:
         """Drop what is remembered of a request that has ended; no harm when there is nothing."""
@@ -107,6 +108,16 @@ class Sampler:
     def _derived_seed(self, request: Request) -> int:
         digest = hashlib.blake2b(f"{self.seed}/{request.request_id}".encode(), digest_size=7).digest()
         return int.from_bytes(digest)
+
+
+def tokens_of(found: np.ndarray) -> np.ndarray | None:
+    """The tokens [N] of what `greedy` gives; None when a logit is not finite."""
+    return found[:, 1].astype(np.int64) if np.isfinite(found[:, 0]).all() else None
+
+
+def choice_of(request: Request, found: np.ndarray) -> int | ExecutionError:
+    """The token of one row of what `greedy` gives, or why there is none."""
+    return int(found[1]) if math.isfinite(found[0]) else _not_finite(request, float(found[0]))
 
 
 def distribution(scores: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 import autodeploy
 from autodeploy import CompiledModel, SamplingParams
-from autodeploy.executor.cuda_graphs import CudaGraphRunner, GraphOptions, OnDeviceOnly, StepInputs, StepShape, ladder
+from autodeploy.executor.cuda_graphs import CudaGraphRunner, GraphOptions, LaunchedStep, StepShape, ladder
+from autodeploy.executor.graph_device import OnDeviceOnly, StepInputs
 from tests.models.families import make_model
 
 FAMILIES = ["qwen3", "gemma2", "mixtral", "llama_dynamic", "qwen3_next", "mamba2"]
@@ -44,6 +45,11 @@ class CpuDevice:
         self._unread = [source]
         return self._unread.clear
 
+    def download(self, source: Tensor) -> Callable[[], np.ndarray]:
+        """The numbers are those of now, and nobody has them before waiting."""
+        found = source.clone()
+        return found.numpy
+
     def capture(self, step: Callable[[], None]) -> Callable[[], None]:
         self.num_captures += 1
         step()
@@ -53,9 +59,9 @@ class CpuDevice:
         return step
 
 
-def with_graphs(family: str, gpu: CpuDevice, options: GraphOptions | None = None, **given: Any) -> CompiledModel:
-    """A model whose runner believes in that GPU."""
-    compiled = autodeploy.compile(make_model(family), kv_cache_config={"page_size": 4, "max_tokens": 512}, **given)
+def with_graphs(family: str, gpu: CpuDevice, options: GraphOptions | None = None, pool: int = 512, **given: Any) -> CompiledModel:
+    """A model whose runner believes in that GPU. pool: tokens."""
+    compiled = autodeploy.compile(make_model(family), kv_cache_config={"page_size": 4, "max_tokens": pool}, **given)
     runner: Any = compiled.runner
     runner.graphs = CudaGraphRunner(runner._compute, runner.program.inputs, gpu, options or GraphOptions(32), runner._plan)
     return compiled
@@ -80,22 +86,36 @@ def check_steps(compiled: CompiledModel) -> list[int]:
     """Every step is run by the graph alone too, on a copy of the caches. The number of requests of each replayed one."""
     runner: Any = compiled.runner
     graphs, replayed = graphs_of(compiled), list[int]()
-    forward = graphs.forward
+    forward, launch = graphs.forward, graphs.launch
 
-    def both(batch: Any) -> Tensor:
+    def checked(batch: Any, run: Callable[[], Tensor], expect: Callable[[Tensor], Tensor]) -> Tensor:
         before, num_replays = [cache.clone() for cache in runner.caches], graphs.num_replays
-        ours = forward(batch).clone()
+        ours = run().clone()
         after = [cache.clone() for cache in runner.caches]
         for cache, old in zip(runner.caches, before, strict=True):
             cache.copy_(old)
         expected = runner._compute([torch.from_numpy(batch[name]) for name in graphs.names])
-        torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(ours, expect(expected), rtol=1e-3, atol=1e-4)
         for mine, plain in zip(after, runner.caches, strict=True):  # all but scratch, and that never written to
             torch.testing.assert_close(mine[1:], plain[1:], rtol=1e-3, atol=1e-4, equal_nan=True)
         replayed.extend([len(batch["seq_lens"])] * (graphs.num_replays - num_replays))
         return ours
 
-    graphs.forward = both  # pyright: ignore[reportAttributeAccessIssue]
+    @torch.inference_mode()
+    def launch_checked(batch: Any, after: LaunchedStep | None) -> LaunchedStep:
+        steps, greedy = list[LaunchedStep](), graphs.greedy
+        assert greedy is not None
+        real = batch if after is None else {**batch, "input_ids": after.found[None, :, 1].astype(np.int64)}
+
+        def run() -> Tensor:
+            steps.append(launch(batch, after))
+            return steps[0].chosen
+
+        checked(real, run, greedy)
+        return steps[0]
+
+    graphs.forward = lambda batch: checked(batch, lambda: forward(batch), lambda logits: logits)  # pyright: ignore
+    graphs.launch = launch_checked  # pyright: ignore[reportAttributeAccessIssue]
     return replayed
 
 
