@@ -9,7 +9,7 @@ from autodeploy.bench.workload import Cell
 
 @dataclass(frozen=True)
 class Machine:
-    """Measured: bytes per second of a long read, FLOP per second of a large product of matrices, in the model's dtype or another."""
+    """Measured: bytes per second of a long read, FLOP per second of a large product, in the model's dtype or another."""
 
     read_rate: float
     flop_rate: float
