@@ -58,7 +58,7 @@ def bytes_in_huge_pages() -> int:
 
 def flop_rate(dtype: torch.dtype, seconds: float) -> float:
     a, b = torch.randn(SIZE, SIZE).to(dtype), torch.randn(SIZE, SIZE).to(dtype)
-    multiply = torch._int_mm if dtype == torch.int8 else torch.nn.functional.linear
+    multiply = torch.ops.aten._int_mm if dtype == torch.int8 else torch.nn.functional.linear
     return 2 * SIZE**3 / best(lambda: multiply(a, b), seconds)
 
 
