@@ -33,9 +33,9 @@ def busy() -> Iterator[int]:
 def test_the_work_of_others_is_told_from_that_of_the_measured_process(busy: int) -> None:
     other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     with Watch(busy) as own, Watch(other.pid) as foreign:
-        other_wait(0.8)
+        other_wait(1.5)
     other.communicate(b"\n")
-    assert foreign.foreign_cores - own.foreign_cores > 0.15  # the busy process, whatever else runs here
+    assert foreign.foreign_cores - own.foreign_cores > 0.1  # the busy process, whatever else runs here
 
 
 def other_wait(seconds: float) -> None:
