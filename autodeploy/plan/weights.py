@@ -48,9 +48,10 @@ def stored_bytes(program: Program) -> dict[str, int]:
 
 
 def _packed_bytes(shape: tuple[int, ...], form: Format) -> int:
-    """Of `Integers` as the kernels of few bits lay them out; scales of 4 bits are bfloat16."""
+    """Of `Integers` as the kernels of few bits lay them out; scales of 4 bits are bfloat16, unless they are products."""
     groups = -(-shape[-1] // form.block[1]) if form.block[1] else 1
-    scales = prod(shape[:-1]) * groups * (1 + ("zeros" in form.parts)) * (2 if form.bits == 4 else 4)
+    is_short = form.bits == 4 and not {"factor", "divisor"} & {*form.parts}
+    scales = prod(shape[:-1]) * groups * (1 + ("zeros" in form.parts)) * (2 if is_short else 4)
     return -(-prod(shape) * form.bits // 8) + scales
 
 
