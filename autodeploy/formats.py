@@ -16,13 +16,17 @@ from torch import Tensor
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """What the codes 0 to 7 of a 4-bit float stand for; bit 3 is the sign."""
+ONE = torch.ones(1)
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 """Which of the eight numbers in a word belongs to which column."""
 
 
 @dataclass(frozen=True)
 class Integers:
-    """Matrices [..., N, K] of whole numbers (or floats of 8 bits), as kernels want them: dense = (numbers - zeros) * scales."""
+    """Matrices [..., N, K] of whole numbers (or floats of 8 bits), as kernels want them: dense = (numbers - zeros) * scales.
+
+    Floats of 4 bits are whole numbers too, of half the scale.
+    """
 
     numbers: Tensor
     """[..., N, K] int8, as if they had a sign; or float8_e4m3fn."""
@@ -97,12 +101,20 @@ class Format:
         """Whether it stands for floats of 8 bits times a scale of their block of rows and columns."""
         return self.name == "fp8" and self.layout == "plain" and set(self.parts) == {"codes", "scales"}
 
+    @property
+    def is_fp4(self) -> bool:
+        """Whether it stands for floats of 4 bits times a scale of their group of columns, and one of the whole matrix."""
+        return self.layout == "e2m1" and set(self.parts) <= {"codes", "scales", "factor", "divisor"} and self.block[0] <= 1
+
     def integers(self, shape: tuple[int, ...], *tensors: Tensor) -> Integers:
         """The stored parts as whole numbers (or floats of 8 bits) and scales. Raises ValueError when a scale is not finite."""
         part = self._checked(tensors)
         if self.is_fp8:
             return Integers(part["codes"].reshape(shape), self._by_group(as_scale(part["scales"]), shape), None)
         numbers = LAYOUTS[self.layout](part["codes"], self.bits, shape)
+        if self.is_fp4:
+            scales = as_scale(part["scales"]) / 2 * part.get("factor", ONE).float() / part.get("divisor", ONE).float()
+            return Integers((2 * numbers).to(torch.int8), self._by_group(scales, shape), None)
         half = 1 << (self.bits - 1) if self.layout in TRANSPOSED else 0  # those have no sign
         zeros = self._by_group(self._zeros(part["zeros"], shape), shape) - half if "zeros" in part else None
         return Integers((numbers - half).to(torch.int8), self._by_group(as_scale(part["scales"]), shape), zeros)

@@ -345,6 +345,9 @@ def integers(recipe: Recipe, fetch: Fetch) -> Integers:
     match recipe:
         case Dequantize(parts, format, shape):
             return recipe.with_blame(lambda: format.integers(shape, *(evaluate(part, fetch) for part in parts)))
+        case Quantize(source, format) if "factor" in format.parts:  # one for all of it
+            dense = evaluate(source, fetch)
+            return format.integers(tuple(dense.shape), *format.quantize(dense))
         case Quantize(Cast(Join(parts) as joined, dtype), format):
             return integers(Quantize(replace(joined, parts=tuple(Cast(part, dtype) for part in parts)), format), fetch)
         case Quantize(Join(parts) as joined, format) if _joins_rows(joined):  # not all of them need to be dense at a time

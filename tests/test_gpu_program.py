@@ -66,7 +66,15 @@ def test_logits_over_a_cache_of_8_bits(dtype: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("scheme", "provider"), [("w8a8", "triton_w8a8"), ("int8", "triton_w8a16"), ("int4", "triton_w4a16"), ("fp8", "triton_fp8")]
+    ("scheme", "provider"),
+    [
+        ("w8a8", "triton_w8a8"),
+        ("int8", "triton_w8a16"),
+        ("int4", "triton_w4a16"),
+        ("fp8", "triton_fp8"),
+        ("mxfp4", "triton_fp4"),
+        ("nvfp4", "triton_fp4"),
+    ],
 )
 def test_weights_of_fewer_bits_stay_so(scheme: Any, provider: str) -> None:
     model = make_model("llama", num_hidden_layers=1).bfloat16()

@@ -136,8 +136,7 @@ def _matrix(stored: Integers) -> Tensor:
 
 def _given(op: Any, provider: Provider, args: Args) -> tuple[Args, Args]:
     """What the provider is given, packed where it packs; and its mutable arguments, copies of the case's own."""
-    call = call_arguments(op.overload, args, {})
-    packed = provider.packs if any(isinstance(arg, Integers) for arg in args) or provider.against_format is None else {}
+    call, packed = call_arguments(op.overload, args if provider.against_format else _dense(args), {}), provider.packs
     copies = {name: value.clone() if name in op.mutates else value for name, value in call.items()}
     given = {name: packed[name](value, call) if name in packed else value for name, value in copies.items()}
     return tuple(given.values())[: len(args)], tuple(copies[name] for name in op.mutates)
@@ -266,11 +265,11 @@ def _append(kind: str, with_rope: bool) -> Callable[[Draw], Args]:
     return make
 
 
-def _moe(kind: str, transposed: bool = False, biased: bool = False) -> Callable[[Draw], Args]:
+def _moe(kind: str, transposed: bool = False, biased: bool = False, scheme: str | None = None) -> Callable[[Draw], Args]:
     def make(draw: Draw) -> Args:
         s, count = draw.sizes, draw.sizes.decode if kind == "decode" else draw.sizes.prefill
         shapes = (s.experts, 2 * s.expert_inner, s.hidden // 2), (s.experts, s.hidden // 2, s.expert_inner)
-        gate_up, down = (draw.normal(*shape, scale=shape[2] ** -0.5) for shape in shapes)
+        gate_up, down = (_stored(draw, scheme, draw.normal(*shape, scale=shape[2] ** -0.5)) for shape in shapes)
         if transposed:
             gate_up, down = gate_up.transpose(1, 2).contiguous(), down.transpose(1, 2).contiguous()
         biases = [draw.normal(*shape[:2]) if biased else None for shape in shapes]
@@ -282,16 +281,18 @@ def _moe(kind: str, transposed: bool = False, biased: bool = False) -> Callable[
     return make
 
 
+def _stored(draw: Draw, scheme: str | None, dense: Tensor) -> Any:
+    """The matrices in a scheme's format, if there is one."""
+    if scheme is None:
+        return dense
+    form = SCHEMES[scheme]
+    return form.integers(tuple(dense.shape), *form.quantize(dense.float().cpu())).to(draw.device)
+
+
 def _linear(scheme: str | None, count: str) -> Callable[[Draw], Args]:
     def make(draw: Draw) -> Args:
         s, rows = draw.sizes, getattr(draw.sizes, count)
-        dense = draw.normal(s.inner, s.hidden, scale=s.hidden**-0.5)
-        weight: Any = dense
-        if scheme is not None:
-            form = SCHEMES[scheme]
-            made = form.integers(tuple(dense.shape), *form.quantize(dense.float().cpu()))
-            zeros = None if made.zeros is None else made.zeros.to(draw.device)
-            weight = Integers(made.numbers.to(draw.device), made.scales.to(draw.device), zeros)
+        weight = _stored(draw, scheme, draw.normal(s.inner, s.hidden, scale=s.hidden**-0.5))
         return draw.normal(1, rows, s.hidden), weight, None
 
     return make
@@ -400,10 +401,12 @@ def cases() -> Iterator[Case]:
     for kind in ("decode", "prefill"):
         yield Case(ops.moe, kind, _moe(kind), stored={"gate_up": None, "down": None})
         yield Case(ops.moe, f"{kind}, transposed and biased", _moe(kind, transposed=True, biased=True))
-    for scheme, limit in (("int8", 4e-3), ("w8a8", 3e-2), ("int4", 3e-2)):
+    for scheme, limit in {"int8": 4e-3, "w8a8": 3e-2, "int4": 3e-2, "fp8": 4e-3, "mxfp4": 4e-3, "nvfp4": 6e-3}.items():
         for count in ("decode", "prefill"):
-            stored = {"weight": SCHEMES[scheme]}
-            yield Case(ops.linear_op, f"{scheme}, {count}", _linear(scheme, count), (torch.bfloat16,), stored, limit)
+            stored = SCHEMES[scheme]
+            label, in_16_bits = f"{scheme}, {count}", (torch.bfloat16,)
+            yield Case(ops.linear_op, label, _linear(scheme, count), in_16_bits, {"weight": stored}, limit)
+            yield Case(ops.moe, label, _moe(count, scheme=scheme), in_16_bits, {"gate_up": stored, "down": stored}, 2 * limit)
     for name in RECURRENT:
         for kind in ("decode", "mixed"):
             yield Case(getattr(ops, name).cached, kind, _recurrent(name, kind))

@@ -5,6 +5,7 @@ from autodeploy.custom_ops import (  # noqa: F401, isort: skip, they register th
     triton_moe,
     triton_pointwise,
     triton_quantized,
+    triton_quantized_moe,
     triton_recurrent,
 )
 from autodeploy.custom_ops import cpp_attention, cpp_linear, cpp_pointwise, cpp_quantized  # noqa: F401, they register their providers

@@ -33,9 +33,13 @@ def _packed(pack: Pack, shape: tuple[int, ...], dtype: torch.dtype, form: Format
 
 
 def _sample(shape: tuple[int, ...], form: Format) -> Integers:
-    """Numbers as a checkpoint has them: scales of GPTQ and AWQ are stored in float16, others of 4 bits in bfloat16."""
+    """Numbers as a checkpoint has them.
+
+    Scales of GPTQ and AWQ are stored in float16, others of 4 bits in bfloat16, unless they are products.
+    """
     groups = -(-shape[-1] // form.block[1]) if form.block[1] else 1
-    precise = torch.float32 if form.bits == 8 else torch.float16 if form.layout in TRANSPOSED else torch.bfloat16
+    is_product = bool({"factor", "divisor"} & {*form.parts})
+    precise = torch.float32 if form.bits == 8 or is_product else torch.float16 if form.layout in TRANSPOSED else torch.bfloat16
     scales = torch.linspace(0.5, 0.999, prod(shape[:-1]) * groups).to(precise).float().reshape(*shape[:-1], groups)
     numbers = torch.zeros(shape, dtype=torch.float8_e4m3fn if form.is_fp8 else torch.int8)
     zeros: Tensor | None = torch.ones_like(scales) if "zeros" in form.parts else None

@@ -30,6 +30,8 @@ def matrix(num_outputs: int, num_inputs: int, form: Format) -> tuple[Integers, T
     numbers = torch.randint(-half, half, (num_outputs, num_inputs), dtype=torch.int8)
     if form.is_fp8:
         numbers = numbers.float().to(torch.float8_e4m3fn)
+    if form.is_fp4:
+        numbers = torch.tensor([0, 1, 2, 3, 4, 6, 8, 12], dtype=torch.int8)[numbers.int().abs() % 8] * numbers.sign()
     scales = torch.rand(num_outputs, groups) * 0.01 + 0.001
     zeros = torch.randint(-half, half, scales.shape).float() if "zeros" in form.parts else None
     shift = 0 if zeros is None else zeros.double().repeat_interleave(num_inputs // groups, 1)

@@ -66,7 +66,7 @@ def test_what_the_router_may_choose(name: str) -> None:
 @pytest.mark.parametrize(("rows", "size"), [(16, 16), (64, 64), (128, 128)])
 def test_each_size_of_tile(monkeypatch: pytest.MonkeyPatch, rows: int, size: int) -> None:
     tile = next(tile for tile in (triton_moe.FEW, triton_moe.SOME, triton_moe.MANY) if tile.rows == size)
-    assert triton_moe.tile_for(rows, triton_moe.TILES) == tile
+    assert triton_moe.tile_for(rows, triton_moe.DENSE) == tile
     monkeypatch.setattr(triton_moe, "tile_for", lambda *_: tile)
     check(ops.moe, *routed(some_index(40, 2), torch.bfloat16), *matrices(torch.bfloat16, biased=True), False, *SILU)
 
@@ -81,7 +81,7 @@ def test_nobody_is_chosen() -> None:
 @pytest.mark.parametrize("size", [1, 130, 9000])
 def test_places_are_sorted_by_expert_in_their_order(size: int) -> None:
     index = torch.randint(0, 9, (size, 1), generator=torch.Generator().manual_seed(size))
-    groups = triton_moe.group_rows(index, 7, triton_moe.TILES)
+    groups = triton_moe.group_rows(index, 7, triton_moe.DENSE)
     expert, first, end = groups.tiles.tolist()
     pieces = [groups.order[a:b] for a, b in zip(first, end, strict=True)]
     assert torch.equal(torch.cat(pieces), torch.argsort(index.flatten(), stable=True)[: (index < 7).sum()].int())

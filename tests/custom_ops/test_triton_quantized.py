@@ -13,11 +13,13 @@ from torch import Tensor
 from autodeploy.custom_ops import linear_op
 from autodeploy.custom_ops.triton_quantized import (
     HALF_BYTES,
+    linear_fp4,
     linear_fp8,
     linear_w4a16,
     linear_w8a8,
     linear_w8a16,
     pack_byte_rows,
+    pack_fp4_rows,
     pack_half_byte_rows,
     tile_for,
 )
@@ -37,6 +39,9 @@ KINDS: dict[str, tuple[Format, Any, Any, int]] = {
     "w4a16, a scale a row": (replace(INT4, block=(1, 0)), pack_half_byte_rows, linear_w4a16, 160),
     "w4a16, groups of 128, the half ends within one": (replace(INT4, block=(1, 128)), pack_half_byte_rows, linear_w4a16, 384),
     "w4a16, zeros": (WITH_ZEROS, pack_half_byte_rows, linear_w4a16, 192),
+    "mxfp4": (SCHEMES["mxfp4"], pack_fp4_rows, linear_fp4, 192),
+    "mxfp4, the half ends within a group": (SCHEMES["mxfp4"], pack_fp4_rows, linear_fp4, 160),
+    "nvfp4": (SCHEMES["nvfp4"], pack_fp4_rows, linear_fp4, 96),
 }
 
 
@@ -68,7 +73,7 @@ def test_what_the_dense_matrix_gives(kind: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 16, 40, 150])
-@pytest.mark.parametrize("kind", ["w8a8", "w8a16", "fp8, groups of 128", "w4a16, zeros"])
+@pytest.mark.parametrize("kind", ["w8a8", "w8a16", "fp8, groups of 128", "w4a16, zeros", "mxfp4"])
 def test_tiles_for_any_number_of_rows(kind: str, rows: int) -> None:
     assert tile_for(rows, HALF_BYTES) == HALF_BYTES[(rows > 16) + (rows > 64)]
     agrees(kind, rows, 130, torch.bfloat16, biased=False)
@@ -106,6 +111,25 @@ def test_half_bytes_are_kept_exactly(form: Format, is_short: bool) -> None:
     )
 
 
+@pytest.mark.parametrize("scheme", ["mxfp4", "nvfp4"])
+def test_floats_of_four_bits_give_what_their_codes_stand_for(scheme: str) -> None:
+    """Each of the 16 codes, down to the smallest scale that a format stores; the product with one is the number itself."""
+    form, num_inputs = SCHEMES[scheme], 64
+    codes = torch.arange(16, dtype=torch.uint8).repeat(num_inputs // 16)
+    codes = (codes[::2] | codes[1::2] << 4)[None]
+    factor = [] if scheme == "mxfp4" else [torch.tensor([0.01])]
+    exponents = torch.tensor([[90, 130]], dtype=torch.uint8)
+    scales = exponents if scheme == "mxfp4" else torch.tensor([[2.0**-9, 448, 1, 3]]).to(torch.float8_e4m3fn)
+    stored = (codes, scales, *factor)
+    weight, dense = form.integers((1, num_inputs), *stored), form.dequantize((1, num_inputs), *stored)
+    torch.testing.assert_close(weight.numbers * weight.scales.repeat_interleave(form.block[1], 1), dense, rtol=1e-6, atol=0)
+    packed = pack_fp4_rows(weight)
+    assert packed.scales.dtype == (torch.bfloat16 if scheme == "mxfp4" else torch.float32)
+    assert packed.nbytes == num_inputs // 2 + packed.scales.nbytes
+    found = linear_fp4(torch.eye(num_inputs).bfloat16(), packed)[:, 0]
+    torch.testing.assert_close(found.float(), dense[0], rtol=0 if scheme == "mxfp4" else 2**-8, atol=0)
+
+
 def choice(form: Format | None, x: Tensor, weight: Tensor) -> tuple[str, dict[str, list[str]]]:
     provider, against = linear_op.choose(CUDA, x, weight, parameters={"weight": form})
     return provider.name, against
@@ -118,11 +142,13 @@ def test_which_kernel_a_format_gets_and_why_not_another() -> None:
     name, against = choice(SCHEMES["int8"], x, weight)
     assert name == "triton_w8a16" and against["triton_w8a8"] == ["activations may not be rounded"]
     assert choice(INT4, x, weight)[0] == choice(WITH_ZEROS, x, weight)[0] == "triton_w4a16"
+    assert choice(SCHEMES["mxfp4"], x, weight)[0] == choice(SCHEMES["nvfp4"], x, weight)[0] == "triton_fp4"
     assert {choice(replace(SCHEMES["fp8"], block=block), x, weight)[0] for block in ((0, 0), (1, 0), (128, 128))} == {
         "triton_fp8"
     }
     for form, reason in {
-        SCHEMES["mxfp4"]: "the weights are mxfp4",
+        replace(SCHEMES["mxfp4"], parts=("codes", "scales", "columns")): "the weights are mxfp4",
+        replace(SCHEMES["mxfp4"], block=(1, 8)): "no power of 2 from 16 on",
         replace(SCHEMES["fp8"], block=(1, 24)): "no power of 2 from 16 on",
         replace(SCHEMES["int8"], block=(1, 32)): "groups of columns",
         replace(SCHEMES["int8"], parts=("codes", "scales", "zeros")): "zero points",

@@ -1,9 +1,10 @@
-"""Products with matrices of whole numbers. The weight is the left factor: its rows fill tensor cores however few rows x has."""
+"""Linear layers of whole numbers, and of floats of 4 and 8 bits."""
 
 import triton
 import triton.language as tl
 
 from autodeploy.custom_ops.gpu import Variant
+from autodeploy.custom_ops.kernels.few_bits import bytes_product, half_bytes_product
 from autodeploy.custom_ops.triton_quantized import BYTES, HALF_BYTES, ROUNDED
 
 GROUP: tl.constexpr = tl.constexpr(8)
@@ -53,57 +54,35 @@ def bytes_gemm(
     step = tl.arange(0, BLOCK_K)
     x_at = x + row.to(tl.int64)[None, :] * x_width + step[:, None]
     weight_at = weight + column.to(tl.int64)[:, None] * x_width + step[None, :]
-    kind: tl.constexpr = tl.int32 if ROUNDED else tl.float32
-    total = tl.zeros([BLOCK_N, BLOCK_M], kind)
-    for start in range(0, x_width, BLOCK_K):
-        is_step = start + step < x_width
-        numbers = tl.load(weight_at, (column < out_width)[:, None] & is_step[None, :], 0.0)
-        inputs = tl.load(x_at, (row < rows)[None, :] & is_step[:, None], 0)
-        if GROUPED:
-            scale = tl.load(scales + start // group * out_width + column, column < out_width, 0.0)
-            total += tl.dot(numbers.to(inputs.dtype), inputs) * scale[:, None]
-        else:
-            total = tl.dot(numbers.to(inputs.dtype), inputs, total, out_dtype=kind)
-        x_at += BLOCK_K
-        weight_at += BLOCK_K
-    value = total.to(tl.float32)
+    value = bytes_product(
+        x_at, row < rows, weight_at, column < out_width, scales + column, out_width, x_width, group,
+        ROUNDED, GROUPED, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
     if ROUNDED:
         value *= tl.load(x_scales + row, row < rows, 0.0)[None, :]
     store_tile(value, scales, bias, out, row, column, rows, out_width, not GROUPED, HAS_BIAS)
 
 
-@triton.jit
-def widened(halves, scales, offsets, group, column, out_width, HAS_OFFSETS: tl.constexpr):
-    """Numbers of four bits [columns, inputs] of one group -> (numbers - offset) * scale of that group, float32."""
-    at, is_column = group * out_width + column, column < out_width
-    offset = tl.load(offsets + at, is_column, 0.0).to(tl.float32)[:, None] if HAS_OFFSETS else 8.0
-    return (halves.to(tl.float32) - offset) * tl.load(scales + at, is_column, 0.0).to(tl.float32)[:, None]
-
-
 @triton.jit(do_not_specialize=["rows"])
 def half_bytes_gemm(
     x, weight, scales, offsets, bias, out, rows, x_width, out_width, group,
-    HAS_OFFSETS: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    FP4: tl.constexpr, HAS_OFFSETS: tl.constexpr, HAS_BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """out [rows, out_width] = x [rows, x_width] @ the dense matrix + bias; scales and offsets [groups, out_width].
 
-    weight [out_width, x_width / 2]: the first half of the columns in the low bits. BLOCK_K divides both a half and a group.
+    weight [out_width, x_width / 2]: see `half_bytes_product`. FP4: of floats; offsets are of whole numbers.
     """
     tile = tl.swizzle2d(tl.program_id(1), tl.program_id(0), tl.num_programs(1), tl.num_programs(0), GROUP)
     row = tile[0] * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tile[1] * BLOCK_N + tl.arange(0, BLOCK_N)
-    step, half = tl.arange(0, BLOCK_K), x_width // 2
+    step = tl.arange(0, BLOCK_K)
     x_at = x + row.to(tl.int64)[None, :] * x_width + step[:, None]
-    weight_at = weight + column.to(tl.int64)[:, None] * half + step[None, :]
-    total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    for start in range(0, half, BLOCK_K):
-        both = tl.load(weight_at + start, (column < out_width)[:, None], 0)
-        inputs = tl.load(x_at + start, (row < rows)[None, :], 0.0)
-        low = widened(both & 15, scales, offsets, start // group, column, out_width, HAS_OFFSETS)
-        total = tl.dot(low.to(inputs.dtype), inputs, total)
-        inputs = tl.load(x_at + half + start, (row < rows)[None, :], 0.0)
-        high = widened(both >> 4, scales, offsets, (half + start) // group, column, out_width, HAS_OFFSETS)
-        total = tl.dot(high.to(inputs.dtype), inputs, total)
+    weight_at = weight + column.to(tl.int64)[:, None] * (x_width // 2) + step[None, :]
+    total = half_bytes_product(
+        x_at, row < rows, weight_at, column < out_width, scales + column, offsets + column if HAS_OFFSETS else scales,
+        out_width, x_width, group, FP4, HAS_OFFSETS, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
     store_tile(total, scales, bias, out, row, column, rows, out_width, False, HAS_BIAS)
 
 
@@ -115,10 +94,10 @@ def _bytes(label, tile, must, rounded, weight="*i8", grouped=False):
     return Variant(bytes_gemm, label, types, constants, **tile.options, must=must)
 
 
-def _half_bytes(label, tile, block, offsets=False):
+def _half_bytes(label, tile, block, offsets=False, fp4=False, scales="*bf16"):
     """A variant of `half_bytes_gemm`, for groups of so many columns."""
-    types = {"weight": "*u8"} | dict.fromkeys(("x", "scales", "offsets", "bias", "out"), "*bf16")
-    constants = {"HAS_OFFSETS": offsets, "HAS_BIAS": False, **tile.blocks, "BLOCK_K": min(block, tile.depth)}
+    types = {"weight": "*u8"} | dict.fromkeys(("x", "bias", "out"), "*bf16") | dict.fromkeys(("scales", "offsets"), scales)
+    constants = {"FP4": fp4, "HAS_OFFSETS": offsets, "HAS_BIAS": False, **tile.blocks, "BLOCK_K": min(block, tile.depth)}
     return Variant(half_bytes_gemm, label, types, constants, **tile.options, must=("HGMMA", "LDGSTS"))
 
 
@@ -142,4 +121,7 @@ VARIANTS = [
     *(_half_bytes(f"int4 by 128, {size}", tile, 128) for size, tile in zip(_SIZES, HALF_BYTES, strict=True)),
     _half_bytes("int4 by 32, zero points, few rows", HALF_BYTES[0], 32, True),
     _half_bytes("int4 by 32, zero points, many rows", HALF_BYTES[2], 32, True),
+    *(_half_bytes(f"mxfp4, {size}", tile, 32, fp4=True) for size, tile in zip(_SIZES, HALF_BYTES, strict=True)),
+    _half_bytes("nvfp4, few rows", HALF_BYTES[0], 16, fp4=True, scales="*fp32"),
+    _half_bytes("nvfp4, many rows", HALF_BYTES[2], 16, fp4=True, scales="*fp32"),
 ]
