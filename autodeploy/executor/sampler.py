@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from autodeploy.config import SamplingParams
+from autodeploy.custom_ops import triton_sampling
 from autodeploy.custom_ops.cpp_sampling import at_least, largest_of_rows
 from autodeploy.errors import ExecutionError
 from autodeploy.executor.request import Request
@@ -48,12 +49,14 @@ class Sampler:
     def __call__(self, logits: Tensor, requests: list[Request]) -> list[int | ExecutionError]:
         """One token per row of `logits` [num_requests, vocab], of any float dtype; an error for a row that is not finite."""
         logits = logits[:, : self.vocab_size]
-        highest, tokens = (found.tolist() for found in largest_of_rows(logits))
-        result: list[int | ExecutionError] = tokens
+        largest, chosen = largest_of_rows(logits)
+        drawn = self._draw_together(logits, largest, chosen, requests)
+        highest = largest.tolist()
+        result: list[int | ExecutionError] = chosen.tolist()
         for row, request in enumerate(requests):
             if not math.isfinite(highest[row]):
                 result[row] = _not_finite(request, highest[row])
-            elif not request.sampling_params.is_plain_argmax:
+            elif not (request.sampling_params.is_plain_argmax or row in drawn):
                 result[row] = self._sample(logits[row].float(), request)
         return result
 
@@ -66,6 +69,17 @@ class Sampler:
         """Drop what is remembered of a request that has ended; no harm when there is nothing."""
         self._generators.pop(request.request_id, None)
         self._histories.pop(request.request_id, None)
+
+    def _draw_together(self, logits: Tensor, largest: Tensor, tokens: Tensor, requests: list[Request]) -> set[int]:
+        """Put into `tokens` what requests draw from their logits as they are, all by one launch on a GPU; the rows of these."""
+        if not triton_sampling.fits(logits):
+            return set()
+        rows = [row for row, request in enumerate(requests) if _draws_plainly(request)]
+        if rows:
+            settings = [(row, *_settings(requests[row].sampling_params), self._uniform(requests[row])) for row in rows]
+            columns = torch.tensor(settings, dtype=torch.float64).T.contiguous()
+            triton_sampling.draw(logits, largest, columns.to(logits.device), tokens)
+        return set(rows)
 
     def _sample(self, scores: Tensor, request: Request) -> int | ExecutionError:
         """A token from one row of logits [vocab] float32."""
@@ -107,6 +121,18 @@ class Sampler:
     def _derived_seed(self, request: Request) -> int:
         digest = hashlib.blake2b(f"{self.seed}/{request.request_id}".encode(), digest_size=7).digest()
         return int.from_bytes(digest)
+
+
+def _draws_plainly(request: Request) -> bool:
+    """Whether a token is drawn, and nothing changes the logits before."""
+    params = request.sampling_params
+    return request.may_stop and not (params.greedy or params.has_penalties)
+
+
+def _settings(params: SamplingParams) -> tuple[float, int, float, float]:
+    """temperature, top_k, top_p and min_p as numbers, those that take nothing away where none is given."""
+    temperature = 1.0 if params.temperature is None else params.temperature
+    return temperature, params.top_k or 0, 1.0 if params.top_p is None else params.top_p, params.min_p or 0.0
 
 
 def distribution(scores: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
