@@ -383,4 +383,7 @@ def cases() -> Iterator[Case]:
             yield Case(ops.linear_op, f"{scheme}, {count}", _linear(scheme, count), (torch.bfloat16,), stored, limit)
     for name in RECURRENT:
         for kind in ("decode", "mixed"):
-            yield Case(getattr(ops, name).cached, kind, _recurrent(name, kind))
+            op, rounded = getattr(ops, name).cached, name == "ssd" and kind == "mixed"
+            if rounded:  # prompts of 16-bit numbers: products of TF32
+                yield Case(op, f"{kind}, by chunks", _recurrent(name, kind), (torch.bfloat16,), limit=3e-3)
+            yield Case(op, kind, _recurrent(name, kind), (torch.float32,) if rounded else FLOATS)

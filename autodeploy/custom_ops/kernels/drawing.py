@@ -1,8 +1,8 @@
 """Drawing a token from each of several rows of logits, after temperature, top_k, top_p and min_p.
 
 A token's key is the bits of its distance from the row's largest logit, in temperatures: nearer tokens have lesser keys, equal
-ones the same. Its mass is exp(-distance) as a whole number, so sums are exact and the same in any order: "the nearest tokens with that
-much mass" has one answer, which is found bit by bit, without sorting.
+ones the same. Its mass is exp(-distance) as a whole number, so sums are exact and the same in any order: "the nearest tokens
+with that much mass" has one answer, which is found bit by bit, without sorting.
 """
 
 import triton
