@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -93,8 +94,10 @@ def test_rows_that_draw_are_drawn_together_on_a_gpu(monkeypatch: pytest.MonkeyPa
     torch.manual_seed(2)
     logits = 3 * torch.randn(7, 301)
     logits[4, 3] = math.nan
+    options: tuple[dict[str, Any], ...]
     options = ({"top_p": 0.9}, {}, {"temperature": 0.8}, {"top_k": 9, "presence_penalty": 0.5}, {"top_p": 0.5}, {"min_p": 0.1})
-    requests = [make(i, seed=i, **own) for i, own in enumerate((*options, {"temperature": 1.0, "min_tokens": 3}))]
+    options += ({"temperature": 1.0, "min_tokens": 3},)
+    requests = [make(i, seed=i, **own) for i, own in enumerate(options)]
     expected = Sampler(vocab_size=300)(logits, requests)
     monkeypatch.setattr(triton_sampling, "fits", lambda x: len(x) > 1)
     monkeypatch.setattr(triton_sampling, "draw", lambda *given: (launches.append(given[2][0].tolist()), draw(*given)))

@@ -19,8 +19,8 @@ def times(a, b):
 
 @triton.jit
 def decays(log, TOKENS: tl.constexpr):
-    """From log decays [TOKENS]: what is left of token j at token i (0 for j > i), of the state at each token, of each token at the
-    end, and of the state there.
+    """From log decays [TOKENS]: what is left of token j at token i (0 for j > i), of the state at each token, of each token at
+    the end, and of the state there.
     """
     token = tl.arange(0, TOKENS)
     total = tl.cumsum(log.to(tl.float64), 0)
