@@ -36,6 +36,7 @@ def test_numerics(tmp_path: Path) -> None:
     ops = {name.split()[0] for name in rows}
     assert ops >= {"rms_norm", "add_rms_norm", "layer_norm", "gated_activation", "rope", "rope_append", "kv_append"}
     assert ops >= {"paged_attention", "moe", "linear", "ssd_cached", "gated_delta_rule_cached", "causal_conv1d_cached"}
+    assert ops >= {"largest_of_rows", "draw"}
     assert all(row["error"] <= row["allowed"] and row["provider"] for row in found["rows"] if row["status"] == "ok")
     assert found["environment"]["torch"] and found["environment"]["sources"]
     assert "skipped  Triton providers" in text and "no GPU" in text

@@ -34,6 +34,7 @@ from torch import Tensor
 import autodeploy
 from autodeploy import CompiledModel, SamplingParams
 from autodeploy.coverage.judge import random_prompts
+from tools import gpu_sampling
 from tools.gpu_cases import TINY, Draw, Sizes, cases, examine
 from tools.gpu_rows import Check, free, measure_limits, providers, seconds_of, short, switch_graphs
 from tools.gpu_speed import speed
@@ -89,7 +90,7 @@ def numerics(check: Check) -> None:
     sizes = Sizes() if check.is_gpu else TINY
     if not check.is_gpu:
         check.skip("Triton providers", "no GPU; the same calls run on the CPU, on small numbers")
-    for case in cases():
+    for case in (*cases(), *gpu_sampling.cases()):
         for dtype in case.dtypes:
             name = f"{case.name} {str(dtype).removeprefix('torch.')}"
             if check.wants(name, least=5):

@@ -1,6 +1,7 @@
 """Recurrent ops over the requests of a row by own Triton kernels. Nothing is read on the host, so a CUDA graph can hold them.
 
-Each goes over a request's tokens one by one: as fast as memory for decodes, but slow for a long prompt of few requests.
+Each goes over a request's tokens one by one: as fast as memory for decodes, but slow for a long prompt of few requests. SSD goes
+over prompts of 16-bit numbers by chunks, on tensor cores.
 """
 
 from __future__ import annotations
@@ -25,10 +26,14 @@ DECODE_CHANNELS, PREFILL_CHANNELS, PREFILL_TOKENS = 256, 64, 16
 """What a program of a convolution computes at a time."""
 CONV_PROGRAMS = 2048
 """Of a convolution over prompts, about."""
+CHUNK_WIDTH, CHUNK_ROWS = 128, 32
+"""The widest state that SSD goes over a prompt with by chunks, and its rows that a program keeps."""
+CHUNKS = {"TOKENS": 16, "num_warps": 4, "num_stages": 1}
 _conv = Kernel("conv", "causal_conv1d")
 _ssd = Kernel("recurrent", "ssd")
 _scan = Kernel("recurrent", "selective_scan")
 _delta = Kernel("recurrent", "gated_delta_rule")
+_ssd_chunks = Kernel("chunked", "ssd")
 
 
 def rows(x: Tensor) -> Tensor:
@@ -78,12 +83,15 @@ def ssd(
     x, dt, b, c = map(rows, (x, dt, b, c))
     out = x.new_empty(x.shape, dtype=torch.float32)
     heads, x_width, state_width = state_cache.shape[1:]
-    block, columns = blocks_of(x_width, state_width, SSD_NUMBERS)
+    kernel, block, columns, options = _ssd, *blocks_of(x_width, state_width, SSD_NUMBERS), {"num_warps": SCAN_WARPS}
+    is_decode, is_narrow = x.shape[1] == len(state_slots), torch.float32 not in (x.dtype, b.dtype, c.dtype)
+    if is_narrow and not is_decode and state_width <= CHUNK_WIDTH:
+        kernel, block, columns, options = _ssd_chunks, CHUNK_ROWS, max(16, columns), CHUNKS
     if x.numel():
-        _ssd[len(state_slots), heads, -(-x_width // block)](
+        kernel[len(state_slots), heads, -(-x_width // block)](
             x, dt, a.contiguous(), b, c, state_cache, state_slots, cu_seqlens_q, seq_lens, out,
             heads, heads // b.shape[2], x_width, state_width, x.stride(1), dt.stride(1), b.stride(1), c.stride(1),
-            ROWS=block, COLUMNS=columns, num_warps=SCAN_WARPS,
+            ROWS=block, COLUMNS=columns, **options,
         )  # fmt: skip
     return out
 

@@ -9,7 +9,10 @@ from autodeploy.custom_ops.gpu import DTYPES, Kernel, has_triton
 
 BLOCK, PROGRAMS = 1024, 512
 """Numbers that a program looks at together; programs that keep a GPU busy, about."""
+DRAW_BLOCK, DRAW_WARPS = 4096, 16
+"""Of a program that draws: it has a whole row to itself."""
 _largest_of_rows = Kernel("sampling", "largest_of_rows")
+_draw = Kernel("drawing", "draw")
 
 
 def fits(x: Tensor) -> bool:
@@ -41,3 +44,16 @@ def _largest_of_parts(x: Tensor, places: Tensor | None, part: int) -> tuple[Tens
         x, places, highest, first, width, x.stride(0), part, HAS_PLACES=places is not None, BLOCK=BLOCK
     )
     return highest, first
+
+
+def draw(x: Tensor, highest: Tensor, settings: Tensor, tokens: Tensor) -> None:
+    """Put a drawn token into `tokens` [N] for each column of settings [6, R] float64, which says of which row of x [N, V].
+
+    Below the row: temperature, top_k (0: all), top_p, min_p, and the uniform number in [0, 1) that decides. highest [N]: the
+    largest number of each row. All rows are drawn by one launch; of one that is not finite the token is any.
+    """
+    num_draws, width = settings.shape[1], x.shape[1]
+    keys, places = torch.empty(2, num_draws, width, dtype=torch.int32, device=x.device)
+    _draw[num_draws,](
+        x, highest, settings, keys, places, tokens, width, num_draws, x.stride(0), BLOCK=DRAW_BLOCK, num_warps=DRAW_WARPS
+    )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from autodeploy.config import SamplingParams
+from autodeploy.custom_ops import triton_sampling
 from autodeploy.custom_ops.cpp_sampling import at_least, largest_of_rows
 from autodeploy.errors import ExecutionError
 from autodeploy.executor.request import Request
@@ -48,16 +49,18 @@ class Sampler:
     def __call__(self, logits: Tensor, requests: list[Request]) -> list[int | ExecutionError]:
         """One token per row of `logits` [num_requests, vocab], of any float dtype; an error for a row that is not finite."""
         logits = logits[:, : self.vocab_size]
-        found = self.greedy(logits).cpu().numpy()
+        largest, tokens = largest_of_rows(logits)
+        drawn = self._draw_together(logits, largest, tokens, requests)
+        found = _side_by_side(largest, tokens).cpu().numpy()
         result = [choice_of(request, row) for request, row in zip(requests, found, strict=True)]
         for row, request in enumerate(requests):
-            if isinstance(result[row], int) and not request.sampling_params.is_plain_argmax:
+            if isinstance(result[row], int) and not (request.sampling_params.is_plain_argmax or row in drawn):
                 result[row] = self._sample(logits[row].float(), request)
         return result
 
     def greedy(self, logits: Tensor) -> Tensor:
         """The largest logit of each row and its token, [N, 2] float64: one tensor comes to the host in one copy."""
-        return torch.stack(list(map(Tensor.double, largest_of_rows(logits[:, : self.vocab_size]))), dim=1)
+        return _side_by_side(*largest_of_rows(logits[:, : self.vocab_size]))
 
     def largest(self, logits: Tensor) -> np.ndarray | None:
         """The token of the largest logit of each row, as for requests that want no more; None when one is not finite."""
@@ -67,6 +70,17 @@ class Sampler:
         """Drop what is remembered of a request that has ended; no harm when there is nothing."""
         self._generators.pop(request.request_id, None)
         self._histories.pop(request.request_id, None)
+
+    def _draw_together(self, logits: Tensor, largest: Tensor, tokens: Tensor, requests: list[Request]) -> set[int]:
+        """Put into `tokens` what requests draw from their logits as they are, all by one launch on a GPU; the rows of these."""
+        if not triton_sampling.fits(logits):
+            return set()
+        rows = [row for row, request in enumerate(requests) if _draws_plainly(request)]
+        if rows:
+            settings = [(row, *_settings(requests[row].sampling_params), self._uniform(requests[row])) for row in rows]
+            columns = torch.tensor(settings, dtype=torch.float64).T.contiguous()
+            triton_sampling.draw(logits, largest, columns.to(logits.device), tokens)
+        return set(rows)
 
     def _sample(self, scores: Tensor, request: Request) -> int | ExecutionError:
         """A token from one row of logits [vocab] float32."""
@@ -110,6 +124,10 @@ class Sampler:
         return int.from_bytes(digest)
 
 
+def _side_by_side(largest: Tensor, tokens: Tensor) -> Tensor:
+    return torch.stack((largest.double(), tokens.double()), dim=1)
+
+
 def tokens_of(found: np.ndarray) -> np.ndarray | None:
     """The tokens [N] of what `greedy` gives; None when a logit is not finite."""
     return found[:, 1].astype(np.int64) if np.isfinite(found[:, 0]).all() else None
@@ -118,6 +136,18 @@ def tokens_of(found: np.ndarray) -> np.ndarray | None:
 def choice_of(request: Request, found: np.ndarray) -> int | ExecutionError:
     """The token of one row of what `greedy` gives, or why there is none."""
     return int(found[1]) if math.isfinite(found[0]) else _not_finite(request, float(found[0]))
+
+
+def _draws_plainly(request: Request) -> bool:
+    """Whether a token is drawn, and nothing changes the logits before."""
+    params = request.sampling_params
+    return request.may_stop and not (params.greedy or params.has_penalties)
+
+
+def _settings(params: SamplingParams) -> tuple[float, int, float, float]:
+    """temperature, top_k, top_p and min_p as numbers, those that take nothing away where none is given."""
+    temperature = 1.0 if params.temperature is None else params.temperature
+    return temperature, params.top_k or 0, 1.0 if params.top_p is None else params.top_p, params.min_p or 0.0
 
 
 def distribution(scores: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -128,6 +129,24 @@ def test_long_prompts_are_convolved_in_parts(monkeypatch: pytest.MonkeyPatch) ->
     """Two programs per block of channels take turns, and only one of them touches the state."""
     monkeypatch.setattr(triton_recurrent, "CONV_PROGRAMS", 4)
     test_requests_of_a_row(CASES["conv"], (("goes on", 40), ("fresh", 3)), monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "dtype", "width", "is_chunked"),
+    [(MIXED, torch.bfloat16, 5, True), (DECODES, torch.bfloat16, 5, False), (MIXED, torch.float32, 5, False),
+     (MIXED, torch.float16, 130, False)],
+)  # fmt: skip
+def test_ssd_goes_by_chunks_over_prompts(
+    kinds: Any, dtype: torch.dtype, width: int, is_chunked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 16-bit numbers, with states that fit."""
+    launched, kernel = [], triton_recurrent._ssd_chunks
+    monkeypatch.setattr(triton_recurrent, "_ssd_chunks", defaultdict(lambda: lambda *given, **_: launched.append(kernel)))
+    n = sum(size for _, size in kinds)
+    b = normal(1, n, 2, width, dtype=dtype)
+    args = normal(1, n, 4, 6, dtype=dtype), positive(1, n, 4), -positive(4), b, b
+    triton_recurrent.ssd(*args, torch.zeros(NUM_SLOTS, 4, 6, width), *requests(kinds))
+    assert launched == [kernel] * is_chunked
 
 
 def test_no_new_tokens_change_nothing() -> None:
