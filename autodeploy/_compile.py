@@ -218,7 +218,8 @@ def _calibrated(args: LLMArgs, folder: Path, timeline: Timeline) -> LLMArgs:
         raise ConfigError("calibration reads a checkpoint folder; write the model in memory with save_pretrained first")
     assert args.quantization is not None  # or the options would have been refused
     with timeline.phase("calibrate", None) as advance:
-        quantize(args.model, folder, args.quantization, [token_ids(prompt) for prompt in args.calibration], advance)
+        done = quantize(args.model, folder, args.quantization, [token_ids(prompt) for prompt in args.calibration], advance)
+    timeline.notes["calibrate"] = str(done)
     return args.model_copy(update={"model": folder, "quantization": None, "calibration": None})
 
 

@@ -46,6 +46,7 @@ def lower(
         origin = origin_of(args.model, args.dtype, args.ignore_unexpected_weights)
     with timeline.phase("export"):
         captured = capture(origin.skeleton, origin.buffers)
+    captured.program.remarks |= origin.remarks
     captured.program.weights = replace(captured.program.weights, formats=origin.formats)
     if "shard" in pipeline.names() and (hints := getattr(origin.skeleton, "tp_plan", None)):
         pipeline = pipeline.configure("shard", hints=hints)

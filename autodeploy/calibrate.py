@@ -1,44 +1,69 @@
 """A quantized checkpoint of a dense one: rounded to the nearest numbers, or for inputs that the exported program was seen with.
 
-GPTQ is that of Frantar et al., 2022: a column is rounded, and the columns after it make up for what that changes in the
-products with those inputs. AWQ and SmoothQuant (`smooth.py`) scale columns first. The program runs once, node by node over all
-calibration sequences at a time, so that each matrix sees what the rounded ones before it give. Beside the activations there is
-one dense matrix at a time (of AWQ and SmoothQuant, those that share their inputs).
+GPTQ (`gptq.py`) has the columns of a matrix make up for what is lost in those before them; AWQ and SmoothQuant (`smooth.py`)
+scale columns first. The program runs once, node by node over all calibration sequences at a time, so that each matrix sees what
+the rounded ones before it give; an expert sees the tokens that chose it. Beside the activations there is one dense parameter at
+a time (of AWQ and SmoothQuant, those that share their inputs).
 """
 
 from __future__ import annotations
 
-import json
-import shutil
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, fx
 
+from autodeploy import custom_ops as ops
+from autodeploy.calibrate_experts import round_experts, rows_by_expert
 from autodeploy.capture.export import capture
 from autodeploy.capture.origin import Origin, origin_of
-from autodeploy.checkpoint import SINGLE, CheckpointSource, raw_config
 from autodeploy.config import QuantConfig
 from autodeploy.errors import ConfigError
 from autodeploy.formats import Format, Integers
+from autodeploy.gptq import are_enough, dense_of, nearest, products_of, rounded
 from autodeploy.program import Program
-from autodeploy.recipes import Cast, Take, evaluate
-from autodeploy.smooth import FACTORS, divisible, readers
+from autodeploy.quantized_folder import write_folder
+from autodeploy.recipes import Cast, Cat, Part, Recipe, Stack, Take, evaluate
+from autodeploy.smooth import FACTORS, divisible, readers, same_rows_as, weight_of
 from autodeploy.transforms.quantize import QuantizeWeights
-from autodeploy.transforms.rewrite import aten, val
+from autodeploy.transforms.rewrite import arguments, aten, val
 
 WRITTEN = ("int8", "w8a8", "int4")
 """Schemes with a checkpoint format that transformers reads too (compressed-tensors)."""
-DAMPING = 0.01
-"""Of the mean of the products' diagonal, added to it: what was never seen should cost something too."""
-BLOCK = 128
-"""Columns after which those behind them are told what was lost."""
 
 Advance = Callable[[str], None]
+Names = tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What `quantize` did."""
+
+    names: list[str]
+    """The checkpoint's tensors that are quantized now."""
+    few: list[str]
+    """Those of them that calibration had too few tokens for (experts that hardly any token chose): rounded to the nearest."""
+    dense: dict[str, str]
+    """Parameters that the scheme is for, and that stay as they are -> why."""
+
+    @property
+    def remarks(self) -> list[str]:
+        """What is not as was asked for, a sentence each."""
+        found = {"rounded to the nearest, since too few calibration tokens reached them": self.few} if self.few else {}
+        for name, reason in self.dense.items():
+            found.setdefault(f"left dense: {reason}", []).append(name)
+        return [f"{_shown(names)} {what}" for what, names in found.items()]
+
+    def __str__(self) -> str:
+        return "; ".join([f"{len(self.names)} matrices", *self.remarks])
+
+
+def _shown(names: list[str]) -> str:
+    return f"{len(names)} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
 
 
 def quantize(
@@ -47,12 +72,12 @@ def quantize(
     scheme: str | QuantConfig = "int4",
     calibration: Sequence[Sequence[int]] | None = None,
     advance: Advance = lambda name: None,
-) -> list[str]:
-    """Write a quantized copy of a checkpoint folder; returns the names of the matrices that are quantized in it.
+) -> Quantized:
+    """Write a quantized copy of a checkpoint folder; returns what is quantized in it.
 
     calibration: token ids of some sequences, for the algorithm of the scheme's QuantConfig; absent, each number becomes the
-    nearest. The output head and stacked experts stay dense. advance: told each matrix that is done. Raises ConfigError for a
-    scheme without a checkpoint format, a checkpoint that is quantized already, or an output that is there.
+    nearest. advance: told each parameter that is done. Raises ConfigError for a scheme without a checkpoint format, a checkpoint
+    that is quantized already or has nothing to quantize, or an output that is there.
     """
     given: dict[str, Any] = {"scheme": scheme}
     config = QuantConfig(**given) if isinstance(scheme, str) else scheme
@@ -68,38 +93,63 @@ def quantize(
         raise ConfigError(f"{folder} is quantized already; give the dense checkpoint")
     captured = capture(origin.skeleton, origin.buffers)
     source: Any = origin.source_with(captured.initial)
-    matrices = _matrices(captured.program, origin, config)
-    made, changed = dict[str, Integers](), dict[str, Tensor]()
+    matrices, dense = _matrices(captured.program, origin, config)
+    if not matrices:
+        raise ConfigError(f"{folder}: no matrix can be quantized ({config}); check 'exclude', or choose another scheme")
+    walk = _Walk(captured.program, origin, source, matrices, config.algorithm, advance)
     with torch.no_grad():
-        if calibration is None:
-            for name, form in matrices.items():
-                made[name] = _nearest(evaluate(origin.recipes[name], source.fetch), form)
-                advance(name)
+        walk.round_to_nearest() if calibration is None else walk.run(calibration)
+    write_folder(folder, output, source, walk.made, walk.forms, walk.changed)
+    return Quantized(sorted(walk.made), sorted(walk.few), dense)
+
+
+def _matrices(program: Program, origin: Origin, config: QuantConfig) -> tuple[dict[str, Format], dict[str, str]]:
+    """Parameters to quantize, each with its format; those that a checkpoint cannot hold so, each with the reason."""
+    tables = {
+        str(node.target)
+        for node in program.graph.graph.nodes
+        if node.op == "get_attr" and any(user.target not in (aten.linear.default, ops.moe.overload) for user in node.users)
+    }
+    found, dense = dict[str, Format](), dict[str, str]()
+    for name, form, is_transposed in QuantizeWeights(**config.rounding).matrices(program):
+        checks = {
+            "it is read as a table too": name in tables,
+            "its inputs come before its outputs": is_transposed,
+            f"groups of {form.block[1]} do not divide its columns": program.parameter(name).shape[-1] % max(form.block[1], 1) > 0,
+            "the checkpoint does not hold its matrices one by one": not stored_names(origin, name),
+        }
+        reasons = [reason for reason, holds in checks.items() if holds]
+        if reasons:
+            dense[name] = reasons[0]
         else:
-            walk = _Walk(captured.program, origin, source, matrices, config.algorithm, advance)
-            walk.run(calibration)
-            made, changed = walk.made, walk.changed
-    rounded = {_stored(origin, name): each for name, each in made.items()}
-    _write(folder, output, source, rounded, {_stored(origin, name): each for name, each in changed.items()}, config)
-    return sorted(made)
+            found[name] = form
+    return found, dense
 
 
-def _nearest(dense: Tensor, form: Format) -> Integers:
-    return form.integers(tuple(dense.shape), *form.quantize(dense))
+def stored_names(origin: Origin, name: str) -> Names:
+    """Of each matrix of a parameter, the checkpoint's tensors that its rows are, in order; empty where it is not made of such."""
+    found = _names(origin.recipes[name])
+    readers = Counter(leaf.name for recipe in origin.recipes.values() for leaf in set(recipe.leaves()))
+    return found if all(readers[each] == 1 for names in found for each in names) else ()
 
 
-def _matrices(program: Program, origin: Origin, config: QuantConfig) -> dict[str, Format]:
-    """Tensors of the model that a checkpoint can hold quantized: read by a linear, and stored by themselves."""
-    wanted = QuantizeWeights(**{**config.rounding, "lm_head": False}).matrices(program)
-    found = {name: form for name, form, is_transposed in wanted if not is_transposed and _stored(origin, name)}
-    return {name: form for name, form in found.items() if program.parameter(name).shape[-1] % max(form.block[1], 1) == 0}
-
-
-def _stored(origin: Origin, name: str) -> str:
-    """The tensor of the checkpoint that one of the model is, but for its dtype; empty where there is none."""
-    recipe = origin.recipes[name]
-    recipe = recipe.source if isinstance(recipe, Cast) else recipe
-    return recipe.name if isinstance(recipe, Take) and recipe.name.endswith((".weight", ".bias")) else ""
+def _names(recipe: Recipe) -> Names:
+    match recipe:
+        case Part():
+            return ()
+        case Take(name) if name.endswith((".weight", ".bias")):
+            return ((name,),)
+        case Cast(source):
+            return _names(source)
+        case Stack(parts, 0):
+            inner = [_names(part) for part in parts]
+            return tuple(names[0] for names in inner) if all(len(names) == 1 for names in inner) else ()
+        case Cat(parts, dim) if dim == (1 if isinstance(parts[0], Stack) else 0):
+            inner = [_names(part) for part in parts]
+            same = all(inner) and len({len(names) for names in inner}) == 1
+            return tuple(sum(names, ()) for names in zip(*inner, strict=True)) if same else ()
+        case _:
+            return ()
 
 
 class _Walk:
@@ -114,14 +164,23 @@ class _Walk:
         algorithm: str,
         advance: Advance,
     ) -> None:
-        self.program, self.origin, self.source, self.matrices = program, origin, source, matrices
+        self.program, self.source, self.matrices = program, source, matrices
         self.algorithm, self.advance = algorithm, advance
+        self.stored = {name: stored_names(origin, name) for name in origin.recipes}
         self.weights = program.weights.substitute(origin.recipes)
         self.values: dict[fx.Node, list[Any]] = {}
         self.products: dict[fx.Node, Tensor] = {}
         self.factors: dict[fx.Node, Tensor] = {}
         self.made: dict[str, Integers] = {}
+        self.forms: dict[str, Format] = {}
         self.changed: dict[str, Tensor] = {}
+        self.few: list[str] = []
+
+    def round_to_nearest(self) -> None:
+        for name, form in self.matrices.items():
+            for stored in sum(self.stored[name], ()):
+                self.made[stored], self.forms[stored] = nearest(self.source.fetch(Take(stored)), form), form
+            self.advance(name)
 
     def run(self, sequences: Sequence[Sequence[int]]) -> None:
         nodes = list(self.program.graph.graph.nodes)
@@ -134,6 +193,8 @@ class _Walk:
             elif node.op == "call_function":
                 if node.target is aten.linear.default:
                     self._round(node)
+                elif node.target is ops.moe.overload:
+                    self._round_experts(node)
                 self.values[node] = [self._call(node, i) for i in range(len(sequences))]
                 if self.algorithm in FACTORS:
                     self._smooth(node)
@@ -151,47 +212,89 @@ class _Walk:
     def _round(self, node: fx.Node) -> None:
         """Round the weight of a linear that is wanted, once, and let all its readers see it rounded."""
         x, weight = cast(tuple[fx.Node, fx.Node], node.args[:2])
-        name, count = str(weight.target), len(self.values[x])
-        if x in self.factors:
-            self.values[weight] = [self.values[weight][0] * self.factors[x]] * count
+        name, count = str(weight_of(node).target), len(self.values[x])
+        if (factors := self.factors.get(same_rows_as(x))) is not None:
+            self.values[weight] = [self.values[weight][0] * factors.to(val(weight).dtype)] * count
             if name not in self.matrices:
-                self.changed[name] = self.values[weight][0]
-        if name not in self.matrices or name in self.made:
+                self.changed[self.stored[name][0][0]] = self.values[weight][0]
+        if name not in self.matrices or self.stored[name][0][0] in self.made:
             return
         dense, form = self.values[weight][0], self.matrices[name]
-        made = gptq(dense, self._products_of(x), form) if self.algorithm == "gptq" else _nearest(dense, form)
-        self.made[name] = made
-        rounded = (made.numbers * made.scales.repeat_interleave(dense.shape[1] // made.scales.shape[1], 1)).to(dense.dtype)
-        self.values[weight] = [rounded] * count
+        is_known = are_enough(self._num_rows(x), dense.shape[1])
+        made = rounded(dense, self._products_of(x) if self.algorithm == "gptq" and is_known else None, form)
+        self._keep(self.stored[name][0], made, form, is_known)
+        self.values[weight] = [dense_of(made).to(dense.dtype)] * count
         self.advance(name)
 
+    def _round_experts(self, node: fx.Node) -> None:
+        """The same of the experts of a layer."""
+        call = arguments(node)
+        names = [str(weight.target) for weight in (call["gate_up"], call["down"])]
+        if not any(name in self.matrices for name in names):
+            return
+        x, index = (torch.cat([each.flatten(0, -2) for each in self.values[call[name]]]) for name in ("x", "expert_index"))
+        held = {name: self.values[each][0] if isinstance(each, fx.Node) else each for name, each in call.items()}
+        held |= {name: held[name].clone() for name in ("gate_up", "down")}  # they are written to, and may lie in a file
+        if (factors := self.factors.get(same_rows_as(call["x"]))) is not None:
+            held["gate_up"] *= factors.to(x.dtype)
+        rows = rows_by_expert(x, index, len(held["down"]))
+        forms = self.matrices.get(names[0]), self.matrices.get(names[1])
+        for expert, made in enumerate(round_experts(held, rows, forms, self.algorithm)):
+            for name, each, form in zip(names, made, forms, strict=True):
+                if each is not None and form is not None:
+                    num_rows = len(rows.get(expert, ()))
+                    self._keep(self.stored[name][expert], each, form, are_enough(num_rows, each.numbers.shape[1]))
+        for name in ("gate_up", "down"):
+            self.values[call[name]] = [held[name]] * len(self.values[call["x"]])
+            self.advance(str(call[name].target))
+
+    def _keep(self, names: tuple[str, ...], made: Integers, form: Format, is_known: bool) -> None:
+        """A matrix under the names of the tensors that its rows are stored as."""
+        start = 0
+        for name in names:
+            stop = start + self.source.describe(name).shape[0]
+            self.made[name], self.forms[name] = made.narrow(0, start, stop), form
+            self.few += [] if is_known else [name]
+            start = stop
+
     def _smooth(self, x: fx.Node) -> None:
-        """Divide what gives the inputs of linears by factors, where that can be; they are multiplied as they come."""
-        linears = readers(x)
-        names = [str(cast(fx.Node, linear.args[1]).target) for linear in linears]
-        dividing = divisible(x) if any(name in self.matrices for name in names) else []
-        once = all(len(cast(fx.Node, linear.args[1]).users) == 1 for linear in linears)
-        if not dividing or not once or not all(_stored(self.origin, name) for name in (*names, *dividing)):
+        """Divide what gives the inputs of linears and experts by factors, where that can be; they are multiplied as they come."""
+        reading = [weight_of(reader) for reader in readers(x)]
+        names = [str(weight.target) for weight in reading]
+        wanted = [name for name in names if name in self.matrices]
+        dividing = divisible(x) if wanted and len(set(names)) == len(names) else []
+        if not dividing or not all(map(self._can_scale, reading)) or not all(self.stored[name] for name in dividing):
             return
         rows = torch.cat([each.flatten(0, -2) for each in self.values[x]]).float()
-        form = next(self.matrices[name] for name in names if name in self.matrices)
-        factors = FACTORS[self.algorithm](rows, [self._parameter(name).float() for name in names], form)
+        if not are_enough(len(rows), rows.shape[1]):
+            return
+        dense = [self._parameter(name).flatten(0, -2).float() for name in wanted]
+        factors = FACTORS[self.algorithm](rows, dense, self.matrices[wanted[0]])
         for name in dividing:
-            if name in self.made:
-                made = self.made[name]
-                self.made[name] = replace(made, scales=made.scales / factors[:, None])
+            ((stored,),) = self.stored[name]
+            if stored in self.made:
+                made = self.made[stored]
+                self.made[stored] = replace(made, scales=made.scales / factors[:, None])
             else:
-                tensor = self.changed.get(name, self._parameter(name))
-                self.changed[name] = (tensor / factors.reshape(-1, *[1] * (tensor.dim() - 1))).to(tensor.dtype)
-        self.factors[x] = factors.to(val(x).dtype)
+                tensor = self.changed.get(stored, self._parameter(name))
+                self.changed[stored] = (tensor / factors.reshape(-1, *[1] * (tensor.dim() - 1))).to(tensor.dtype)
+        self.factors[x] = factors
         self.values[x] = [(value / factors).to(value.dtype) for value in self.values[x]]
 
-    def _products_of(self, x: Any) -> Tensor:
-        """Sums of products of each two columns of a linear's inputs [K, K], shared by all who read them."""
+    def _can_scale(self, weight: fx.Node) -> bool:
+        """Whether the columns of a parameter may be multiplied: one reader has it, and it is to be had in the checkpoint."""
+        name = str(weight.target)
+        is_alone = weight.op == "get_attr" and len(weight.users) == 1
+        return is_alone and (name in self.matrices or (weight.meta["val"].dim() == 2 and bool(self.stored[name])))
+
+    def _products_of(self, x: fx.Node) -> Tensor:
+        """Products of a linear's inputs, shared by all who read them."""
         if x not in self.products:
-            rows = torch.cat([each.flatten(0, -2) for each in self.values[x]]).float()
-            self.products[x] = rows.T @ rows / len(rows)
+            self.products[x] = products_of(torch.cat([each.flatten(0, -2) for each in self.values[x]]))
         return self.products[x]
+
+    def _num_rows(self, x: fx.Node) -> int:
+        return sum(each.shape[:-1].numel() for each in self.values[x])
 
 
 def _input(name: str, ids: Sequence[int]) -> Tensor:
@@ -202,85 +305,3 @@ def _input(name: str, ids: Sequence[int]) -> Tensor:
             return torch.arange(len(ids))[None]
         case _:
             return torch.full((1, len(ids)), len(ids))  # the length of the sequence
-
-
-def gptq(weight: Tensor, products: Tensor, form: Format) -> Integers:
-    """weight [N, K] in whole numbers, so that what it gives for the inputs changes least. products [K, K]: of their columns."""
-    weight, products, (rows, columns) = weight.float().clone(), products.clone(), weight.shape
-    size = form.block[1] or columns
-    never = products.diagonal() == 0
-    products.diagonal()[never] = 1
-    weight[:, never] = 0
-    products.diagonal().add_(DAMPING * products.diagonal().mean())
-    factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(products)), upper=True)
-    whole, limits = replace(form, block=(1, 0)), (-(1 << (form.bits - 1)), (1 << (form.bits - 1)) - 1)
-    numbers, scales = torch.empty(rows, columns, dtype=torch.int8), torch.empty(rows, columns // size)
-    scale = torch.empty(0)
-    for start in range(0, columns, BLOCK):
-        stop = min(start + BLOCK, columns)
-        lost = torch.empty(rows, stop - start)
-        for i in range(start, stop):
-            if i % size == 0:
-                scale = whole.quantize(weight[:, i : i + size])[1].float()
-                scales[:, i // size] = scale[:, 0]
-            codes = (weight[:, i : i + 1] / scale).round_().clamp_(*limits)
-            numbers[:, i] = codes[:, 0].to(torch.int8)
-            lost[:, i - start] = ((weight[:, i : i + 1] - codes * scale) / factor[i, i])[:, 0]
-            weight[:, i + 1 : stop] -= lost[:, i - start, None] * factor[i, i + 1 : stop]
-        weight[:, stop:] -= lost @ factor[start:stop, stop:]
-    return Integers(numbers, scales, None)
-
-
-def _write(
-    folder: Path,
-    output: Path,
-    source: CheckpointSource,
-    made: Mapping[str, Integers],
-    changed: Mapping[str, Tensor],
-    config: QuantConfig,
-) -> None:
-    """The checkpoint, in the format of compressed-tensors; whatever else lies in the folder comes along."""
-    tensors = {name: source.fetch(Take(name)).clone() for name in source.names() if name not in made}
-    tensors |= {name: tensor.to(tensors[name].dtype) for name, tensor in changed.items() if name in tensors}
-    for name, each in made.items():
-        prefix, dtype = name.removesuffix(".weight"), source.describe(name).dtype
-        scales = each.scales.to(dtype) if torch.equal(each.scales.to(dtype).float(), each.scales) else each.scales
-        if config.scheme == "int4":
-            tensors |= {
-                f"{prefix}.weight_packed": _words(each.numbers),
-                f"{prefix}.weight_shape": torch.tensor(each.numbers.shape),
-            }
-            tensors[f"{prefix}.weight_scale"] = scales.contiguous()
-        else:
-            tensors |= {name: each.numbers.contiguous(), f"{prefix}.weight_scale": scales.contiguous()}
-    output.mkdir(parents=True, exist_ok=True)
-    for path in folder.iterdir():
-        if path.is_file() and not path.name.endswith((".safetensors", ".index.json")):
-            shutil.copy(path, output)
-    save_file(tensors, output / SINGLE, {"format": "pt"})
-    kept = sorted({name.removesuffix(".weight") for name in tensors if name.endswith(".weight") and tensors[name].dim() == 2})
-    settings = _settings(config, [name for name in kept if f"{name}.weight" not in made])
-    (output / "config.json").write_text(json.dumps({**raw_config(folder), "quantization_config": settings}, indent=2))
-
-
-def _words(numbers: Tensor) -> Tensor:
-    """Numbers of 4 bits [N, K] -> words of 32 bits [N, K / 8], eight to a word, the first lowest, 8 too much each."""
-    eights = (numbers.long() + 8).unflatten(-1, (-1, 8)) << (4 * torch.arange(8))
-    words = eights.sum(-1)
-    return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
-
-
-def _settings(config: QuantConfig, kept: list[str]) -> dict[str, Any]:
-    """`quantization_config` as compressed-tensors writes it."""
-    bits = 4 if config.scheme == "int4" else 8
-    weights: dict[str, Any] = {"num_bits": bits, "type": "int", "symmetric": True, "dynamic": False}
-    weights |= {"strategy": "group", "group_size": config.group_size or 32} if bits == 4 else {"strategy": "channel"}
-    inputs = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": True, "strategy": "token"}
-    group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs if config.scheme == "w8a8" else None}
-    return {
-        "quant_method": "compressed-tensors",
-        "format": "pack-quantized" if bits == 4 else "int-quantized",
-        "quantization_status": "compressed",
-        "config_groups": {"group_0": group},
-        "ignore": kept,
-    }

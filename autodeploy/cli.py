@@ -167,6 +167,7 @@ def quantize_folder(
     scheme: Annotated[str, typer.Option(help="int8, w8a8 or int4.")] = "int4",
     group_size: Annotated[int, typer.Option(help="Columns that share a scale, of int4; 0 is 32.", min=0)] = 0,
     exclude: Annotated[list[str] | None, typer.Option(help="A matrix to leave as it is; * stands for anything.")] = None,
+    lm_head: Annotated[bool, typer.Option(help="Whether the output head is quantized too, to 8 bits; a tied one is not.")] = True,
     calibration: Annotated[Path | None, typer.Option(help="A text file to quantize for; absent, to the nearest numbers.")] = None,
     algorithm: Annotated[str, typer.Option(help="What it is used for: gptq, awq or smoothquant.")] = "gptq",
     window: Annotated[int, typer.Option(help="Tokens of each calibration sequence.", min=2)] = 512,
@@ -178,14 +179,16 @@ def quantize_folder(
     from autodeploy.config import LLMArgs, QuantConfig
 
     given: dict[str, Any] = {"scheme": scheme, "group_size": group_size, "exclude": exclude, "algorithm": algorithm}
-    config, texts = QuantConfig(**given), None
+    config, texts = QuantConfig(**given, lm_head=lm_head), None
     if calibration is not None:
         ids = tokenizer_of(LLMArgs(model=model)).encode(calibration.read_text(encoding="utf-8"), verbose=False)
         texts = [ids[start : start + window] for start in range(0, len(ids), window)][:sequences]
     with Progress(*Progress.get_default_columns(), TextColumn("{task.fields[matrix]}"), console=err, transient=True) as progress:
         bar = progress.add_task("quantizing", total=None, matrix="")
         done = quantize(model, output, config, texts, lambda name: progress.update(bar, advance=1, matrix=name))
-    print(f"{output}: {len(done)} matrices in {scheme}{f' by {algorithm}' if texts else ''}")
+    print(f"{output}: {len(done.names)} matrices in {scheme}{f' by {algorithm}' if texts else ''}")
+    for line in done.remarks:
+        print(line)
 
 
 @app.command(name="eval")

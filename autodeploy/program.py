@@ -77,6 +77,8 @@ class Program:
     providers: dict[str, tuple[Choice, ...]] = field(default_factory=dict)
     """Semantic op -> the choices made for its calls, each different one once."""
     history: list[PassRecord] = field(default_factory=list)
+    remarks: dict[str, str] = field(default_factory=dict)
+    """Parameter or stored tensor that is not used as its format would have it -> how, and why; nothing depends on these."""
     twin: Twin | None = None
     """What the numbers were verified on, where that was not this program."""
 
@@ -99,7 +101,7 @@ class Program:
 
     def _copies(self) -> dict[str, Any]:
         """The tables that passes change in place; what is in them is frozen."""
-        return {name: copy(getattr(self, name)) for name in ("inputs", "caches", "providers", "history")}
+        return {name: copy(getattr(self, name)) for name in ("inputs", "caches", "providers", "history", "remarks")}
 
     def check(self) -> None:
         """Placeholders are inputs then caches; parameters read are parameters planned; every value is known."""
@@ -172,6 +174,7 @@ class Program:
             "rope_thresholds": self.rope_thresholds,
             "providers": {name: [asdict(choice) for choice in choices] for name, choices in self.providers.items()},
             "history": [asdict(record) for record in self.history],
+            "remarks": self.remarks,
             "twin": asdict(self.twin) if self.twin else None,
             "nodes": [encode_node(node, names) for node in self.graph.graph.nodes],
         }
@@ -273,7 +276,7 @@ def _statement(node: fx.Node, names: dict[Any, str]) -> str:
 
 # Saving and loading
 
-FILE_NAME, FORMAT_VERSION = "program.json", 3
+FILE_NAME, FORMAT_VERSION = "program.json", 4
 CACHE_KINDS: dict[str, Any] = {kind.__name__: kind for kind in (PagedKV, SlidingWindowKV, LatentKV, RecurrentState)}
 
 
@@ -314,6 +317,7 @@ def _decode(data: dict[str, Any]) -> Program:
         rope_thresholds=tuple(data["rope_thresholds"]),
         providers={name: tuple(map(_decode_choice, choices)) for name, choices in data["providers"].items()},
         history=[PassRecord(**record) for record in data["history"]],
+        remarks=data["remarks"],
         twin=Twin(**data["twin"]) if data["twin"] else None,
     )
 

@@ -328,6 +328,15 @@ def format_of(recipe: Recipe, stored: Mapping[str, Format]) -> Format | None:
             return None
 
 
+def formats_in(recipe: Recipe, stored: Mapping[str, Format]) -> set[Format | None]:
+    """Every format in which some number of a recipe's tensor is stored (None: dense)."""
+    if isinstance(recipe, Dequantize | Quantize):
+        return {recipe.format}
+    if isinstance(recipe, Take):
+        return {stored.get(recipe.name)}
+    return {form for source in recipe.sources for form in formats_in(source, stored)}
+
+
 def _keeps_groups(form: Format, ranges: Ranges) -> bool:
     """Whether every rank has whole groups of columns, and nothing else."""
     bounds = [bound for own in ranges for pair in own for bound in pair]

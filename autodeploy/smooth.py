@@ -12,21 +12,46 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from autodeploy import custom_ops as ops
 from autodeploy.formats import Format
-from autodeploy.transforms.rewrite import CASTS, aten, val
+from autodeploy.transforms.rewrite import CASTS, arguments, aten, val
 
 STEPS = 10
 """Powers between none and all of the inputs' size that AWQ tries."""
 STRENGTH = 0.5
 """Share of the inputs' spread that SmoothQuant gives to the weights."""
 LEAST = 1e-5
+ROW_VIEWS = CASTS | {aten.view.default, aten.reshape.default}
 
 
 def readers(x: fx.Node) -> list[fx.Node]:
-    """The linears that read x, if nobody else does."""
-    users = list(x.users)
-    are_linears = all(user.target is aten.linear.default and user.args[0] is x for user in users)
-    return users if are_linears else []
+    """The linears and experts that read the columns of x, if nobody else does; through casts and views of its rows."""
+    found, todo = [], list[tuple[fx.Node, fx.Node]]((user, x) for user in x.users)
+    for user, read in todo:
+        if _keeps_columns(user):
+            todo += [(further, user) for further in user.users]
+        elif user.target in (aten.linear.default, ops.moe.overload) and user.args[0] is read:
+            found.append(user)
+        else:
+            return []
+    return found
+
+
+def weight_of(reader: fx.Node) -> fx.Node:
+    """The parameter whose columns are multiplied with those of a linear's or experts' inputs."""
+    weight: Any = reader.args[1] if reader.target is aten.linear.default else arguments(reader)["gate_up"]
+    return _through_casts(weight)
+
+
+def same_rows_as(x: fx.Node) -> fx.Node:
+    """What x is cast from, or a view of the rows of."""
+    while _keeps_columns(x):
+        x = x.all_input_nodes[0]
+    return x
+
+
+def _keeps_columns(node: fx.Node) -> bool:
+    return node.target in ROW_VIEWS and val(node).shape[-1] == val(node.all_input_nodes[0]).shape[-1]
 
 
 def divisible(x: fx.Node) -> list[str]:
@@ -34,11 +59,11 @@ def divisible(x: fx.Node) -> list[str]:
 
     They are those of a layer norm, the weight that multiplies at the end of a norm, or the linear whose outputs are multiplied.
     """
-    node, found = _through_casts(x), []
-    if node.target is aten.layer_norm.default:
-        found = list(node.args[2:4])
-    elif node.target is aten.mul.Tensor:
-        found = next(filter(None, map(_factor, node.args)), [])
+    found = []
+    if x.target is aten.layer_norm.default:
+        found = list(x.args[2:4])
+    elif x.target is aten.mul.Tensor:
+        found = next(filter(None, map(_factor, x.args)), [])
     parameters: list[Any] = [parameter for parameter in found if parameter is not None]
     columns = val(x).shape[-1]
     suit = all(each.op == "get_attr" and len(each.users) == 1 and val(each).shape[0] == columns for each in parameters)

@@ -25,6 +25,7 @@ from autodeploy.recipes import (
     Stack,
     evaluate,
     format_of,
+    formats_in,
     integers,
     substitute,
 )
@@ -56,6 +57,10 @@ class WeightPlan:
     def format_of(self, name: str) -> Format | None:
         """The format of a parameter, all of it; None: it is dense, or in several."""
         return format_of(self.recipes[name], self.formats)
+
+    def formats_in(self, name: str) -> set[Format | None]:
+        """The formats of the parts of a parameter (None: dense)."""
+        return formats_in(self.recipes[name], self.formats)
 
     def substitute(self, leaves: Mapping[str, Recipe]) -> WeightPlan:
         """The plan over the tensors that `leaves` are made of."""

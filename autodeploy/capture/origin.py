@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,8 @@ class Origin:
     buffers: Mapping[str, Tensor]
     source: LiveSource | CheckpointSource
     facts: ModelFacts
+    remarks: Mapping[str, str] = field(default_factory=dict)
+    """Of its stored tensors; see `Program.remarks`."""
 
     @property
     def formats(self) -> dict[str, Format]:
@@ -86,7 +88,7 @@ def _in_folder(folder: Path, dtype: str, ignore_unexpected: bool) -> Origin:
     stored = {name: view.describe(recipe.name).dtype if isinstance(recipe, Take) else None for name, recipe in found.items()}
     recipes = {name: _cast(substitute(recipe, view.recipes), stored[name], wanted[name]) for name, recipe in found.items()}
     facts = ModelFacts.of(config, _generation_config(folder))
-    return Origin(config, skeleton, recipes, dict(skeleton.named_buffers()), source, facts)
+    return Origin(config, skeleton, recipes, dict(skeleton.named_buffers()), source, facts, view.remarks)
 
 
 def _cast(recipe: Recipe, stored: torch.dtype | None, wanted: torch.dtype) -> Recipe:

@@ -26,7 +26,9 @@ FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 NOT_WEIGHTS = re.compile(
     r"\.(input_scale|activation_scale|input_global_scale|output_scale|input_zero_point|[qkv]_scale|kv_scale)$"
 )
-"""Scales of activations and of the KV cache, neither of which is quantized yet."""
+"""Scales of activations and of the KV cache: both are rounded by scales of their own."""
+OF_CACHE = re.compile(r"\.([kv]_scale|kv_scale)$")
+NO_CACHE_SCALES = "not needed, since each head of a token in a cache of 8 bits has scales of its own"
 
 
 @dataclass
@@ -42,6 +44,11 @@ class DenseView:
     @property
     def folder(self) -> Any:
         return self.source.folder
+
+    @property
+    def remarks(self) -> dict[str, str]:
+        """Stored tensors that say how to round, and are not asked -> why."""
+        return {name: NO_CACHE_SCALES for name in sorted(self.hidden) if OF_CACHE.search(name)}
 
     def names(self) -> list[str]:
         return [name for name in self.source.names() if name not in self.hidden and name not in self.recipes] + [*self.recipes]

@@ -1,4 +1,4 @@
-"""Paged attention and the write to its cache in C++, for CPUs: float32 and bfloat16, caches of int8, every feature of the ops.
+"""Paged attention and the write to its cache in C++, for CPUs: float32 and bfloat16, caches of 8 bits, every feature of the ops.
 
 A token alone is served by streaming its cache, whole tokens at a time; several tokens of a request in tiles of 64 query rows.
 What a request gets depends on the request alone: not on those served beside it, and not on the number of threads.
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autodeploy.custom_ops.attention import kv_append, paged_attention, rope_append
+from autodeploy.custom_ops.attention import SCALED, kv_append, paged_attention, rope_append
 from autodeploy.custom_ops.cpp import Kernel, against_cpp
 from autodeploy.custom_ops.layouts import against_turning
 from autodeploy.custom_ops.op import Provider
@@ -31,7 +31,7 @@ def cpp_kv_append(k: Tensor, v: Tensor | None, cache: Tensor, slot_mapping: Tens
         cache.data_ptr(),
         slot_mapping.data_ptr(),
         k.element_size(),
-        cache.element_size(),
+        _kind(cache),
         tokens,
         heads,
         head_dim_k,
@@ -70,7 +70,7 @@ def cpp_paged_attention(
         _pointer(alibi),
         out.data_ptr(),
         q.element_size(),
-        cache.element_size(),
+        _kind(cache),
         0 if sinks is None else sinks.element_size(),
         0 if alibi is None else alibi.element_size(),
         seq_lens.shape[0],
@@ -89,6 +89,11 @@ def cpp_paged_attention(
         softcap,
     )
     return out
+
+
+def _kind(cache: Tensor) -> int:
+    """Bytes of one of its numbers; 0: a float of one byte."""
+    return 0 if cache.dtype == torch.float8_e4m3fn else cache.element_size()
 
 
 def _pointer(tensor: Tensor | None) -> int | None:
@@ -134,7 +139,7 @@ def cpp_rope_append(
         eps,
         offset,
         q.element_size(),
-        cache.element_size(),
+        _kind(cache),
         torch.get_num_threads(),
     )
     return out
@@ -188,11 +193,11 @@ def against_attention(
 
 
 def _against_cache(cache: Tensor, x: Tensor, *beside: Tensor | None) -> list[str]:
-    """x: keys or queries; the others are of its dtype, and so is the cache, or of bytes with scales."""
+    """x: keys or queries; the others are of its dtype, and so is the cache, or of 8 bits with scales."""
     checks = {
         f"it has no {_name(x.dtype)}": x.dtype not in DTYPES,
-        f"it has no cache of {_name(cache.dtype)}": cache.dtype not in (*DTYPES, torch.int8),
-        "the cache is of another dtype": cache.dtype not in (x.dtype, torch.int8),
+        f"it has no cache of {_name(cache.dtype)}": cache.dtype not in (*DTYPES, *SCALED),
+        "the cache is of another dtype": cache.dtype not in (x.dtype, *SCALED),
         "what is written or read is of several dtypes": any(other is not None and other.dtype != x.dtype for other in beside),
         "the cache is not dense": not cache.is_contiguous(),
     }

@@ -87,7 +87,7 @@ def _sum_experts(
     """Sum over each token's experts of weight * run(expert, token's row); only experts that were chosen run."""
     out = x.new_zeros(x.shape, dtype=torch.promote_types(x.dtype, torch.float32))
     weights = expert_weights.flatten().to(out.dtype)
-    for expert, picked in _by_expert(expert_index.flatten(), num_experts):
+    for expert, picked in by_expert(expert_index.flatten(), num_experts):
         tokens = picked // expert_index.shape[1]
         out.index_add_(0, tokens, run(expert, x[tokens]) * weights[picked, None])
     return out.to(x.dtype)
@@ -154,12 +154,12 @@ def _expert_linear_fake(x: Tensor, expert_index: Tensor, weight: Tensor) -> Tens
 def expert_linear(x: Tensor, expert_index: Tensor, weight: Tensor) -> Tensor:
     """Each row through the matrix of its own expert: x [R, C], expert_index [R], weight [E, O, C] -> [R, O]."""
     out = x.new_zeros(x.shape[0], weight.shape[1])
-    for expert, rows in _by_expert(expert_index, weight.shape[0]):
+    for expert, rows in by_expert(expert_index, weight.shape[0]):
         out[rows] = F.linear(x[rows], weight[expert])
     return out
 
 
-def _by_expert(chosen: Tensor, num_experts: int) -> Iterator[tuple[int, Tensor]]:
+def by_expert(chosen: Tensor, num_experts: int) -> Iterator[tuple[int, Tensor]]:
     """(expert, places in `chosen` [S] that name it), for those that are named."""
     order = torch.argsort(chosen, stable=True)
     counts = torch.bincount(chosen, minlength=num_experts).tolist()[:num_experts]

@@ -11,7 +11,7 @@ from autodeploy.report.drawing import draw, legend
 from autodeploy.report.layer import LayerView, semantic_name, view_layer
 from autodeploy.report.markup import TIMES, Html, join, num_bytes, signed, table, tag
 from autodeploy.report.style import stylesheet
-from autodeploy.report.tables import twin_text
+from autodeploy.report.tables import remark_texts, twin_text
 from autodeploy.report.texts import EXPORT
 from autodeploy.report.timeline import Timeline
 from autodeploy.specs import STATES, CacheSpec, SlidingWindowKV, bytes_per_token, window_of_pool
@@ -193,7 +193,8 @@ def _dtypes(program: Program) -> dict[str, list[int]]:
 def _weights(program: Program) -> Html:
     formats = _dtypes(program).items()
     rows = ((tag("code", dtype), len(sizes), f"{sum(sizes):,}", num_bytes(sum(sizes))) for dtype, sizes in formats)
-    return table(["format", "parameters#", "bytes#", "#"], rows)
+    shown = table(["format", "parameters#", "bytes#", "#"], rows)
+    return join([shown, *(tag("p", f"{text[0].upper()}{text[1:]}.", class_="below") for text in remark_texts(program))])
 
 
 def _memory(program: Program, settings: Settings) -> Html:

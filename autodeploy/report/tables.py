@@ -33,6 +33,31 @@ def provider_table(program: Program) -> Table:
     return table
 
 
+def remark_texts(program: Program) -> list[str]:
+    """A sentence for each reason for which parameters are dense that were to be, or are stored, in a format, and the like."""
+    found: dict[str, list[str]] = {}
+    for name, reason in {**program.remarks, **_cut_formats(program)}.items():
+        found.setdefault(reason, []).append(name)
+    few = {reason: ", ".join([*names[:3], *(["..."] if len(names) > 3 else [])]) for reason, names in found.items()}
+    return [f"{reason}: {len(found[reason])} ({names})" for reason, names in few.items()]
+
+
+def _cut_formats(program: Program) -> dict[str, str]:
+    """Parameters whose parts are stored in formats, but which no kernel could be given in one -> why."""
+    found: dict[str, str] = {}
+    for name in program.weights:
+        forms = program.weights.formats_in(name)
+        if forms <= {None} or program.weights.format_of(name) is not None:
+            continue
+        shown = sorted({str(form or "dense") for form in forms})
+        if len(forms) > 1:
+            how = " and ".join(shown) if len(shown) > 1 else f"{shown[0]} of several kinds"
+            found[name] = f"dense, since its parts are stored in several formats ({how})"
+        else:
+            found[name] = f"dense, since not all of a matrix in {shown[0]} is read, or not as it is stored"
+    return found
+
+
 def twin_text(program: Program) -> str:
     """One sentence when the numbers were verified on a twin; else empty."""
     if (twin := program.twin) is None:
@@ -56,5 +81,7 @@ def describe(program: Program, timeline: Timeline) -> str:
     console.print(provider_table(program))
     console.print(f"caches: {len(program.caches)}, {bytes_per_token(specs)} bytes per token{state_bytes}")
     console.print(f"weights: {len(program.weights)} parameters, {program.weight_bytes / 1e6:.1f} MB when dense")
+    for text in remark_texts(program):
+        console.print(text, soft_wrap=True)
     console.print(f"start-up: {timeline}")
     return console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]

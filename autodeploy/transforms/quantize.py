@@ -52,7 +52,9 @@ class QuantizeWeights(Transform):
                     f"quantization='{self.scheme}': the checkpoint is quantized already ('{name}' is stored in {stored}). "
                     "Leave 'quantization' out, or give the unquantized checkpoint"
                 )
-            if program.parameter(name).shape[1 if is_transposed else -1] % max(form.block[1], 1):
+            columns = program.parameter(name).shape[1 if is_transposed else -1]
+            if columns % max(form.block[1], 1):
+                program.remarks[name] = f"dense, since groups of {form.block[1]} do not divide its {columns} columns"
                 continue
             if is_transposed:
                 changed[name] = Permute(Quantized(Permute(recipe, TRANSPOSED), form), TRANSPOSED)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from autodeploy import CheckpointError, SamplingParams, UnsupportedModelError
 from autodeploy.capture.quantized import dense_view
 from autodeploy.checkpoint import CheckpointSource, raw_config
 from autodeploy.recipes import evaluate
+from autodeploy.report.tables import remark_texts
 from tests.capture.quantized_formats import PRODUCERS, Producer, integers, pairs
 from tests.marks import has_byte_kernels, needs_byte_kernels
 from tests.models.families import make_model
@@ -55,8 +57,8 @@ def write(folder: Path, producer: Producer, model: Any) -> tuple[Path, Path]:
     return quantized, dense
 
 
-def logits(folder: Path) -> Tensor:
-    compiled = autodeploy.compile(folder, dtype="float32")
+def logits(folder: Path, **options: Any) -> Tensor:
+    compiled = autodeploy.compile(folder, dtype="float32", **options)
     found = compiled(IDS)
     compiled.shutdown()
     return found
@@ -165,6 +167,42 @@ def test_layers_that_are_stored_in_several_ways_are_not_joined(tmp_path: Path) -
     joined = next(recipe for recipe in recipes.values() if "q_proj" in recipe)
     assert "v_proj" in joined and "k_proj" not in joined
     assert (compiled(IDS) - logits(dense)).abs().max() < 1e-4
+    compiled.shutdown()
+
+
+@pytest.mark.parametrize(("method", "where"), [("modelopt", "{}_proj.{}_scale"), ("compressed-tensors", "{1}_scale")])
+def test_scales_of_the_cache_are_passed_over_and_the_report_says_so(method: str, where: str, tmp_path: Path) -> None:
+    make_model("llama", **LLAMA).save_pretrained(tmp_path / "dense")
+    shutil.copytree(tmp_path / "dense", tmp_path / "scaled")
+    tensors = load_file(tmp_path / "dense" / "model.safetensors")
+    names = [f"model.layers.0.self_attn.{where.format(x, x)}" for x in "kv"]
+    save_file({**tensors, **{name: torch.tensor(0.25) for name in names}}, tmp_path / "scaled" / "model.safetensors")
+    settings = {
+        "modelopt": {"quant_algo": None, "kv_cache_quant_algo": "FP8"},
+        "compressed-tensors": {"config_groups": {}, "kv_cache_scheme": {"num_bits": 8, "type": "float", "strategy": "tensor"}},
+    }
+    config = json.loads((tmp_path / "dense" / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": method, **settings[method]}
+    (tmp_path / "scaled" / "config.json").write_text(json.dumps(config))
+    compiled = autodeploy.compile(tmp_path / "scaled", dtype="float32", kv_cache_config={"dtype": "fp8"})
+    assert f"scales of its own: 2 ({', '.join(names)})" in compiled.report()
+    plain = logits(tmp_path / "dense", kv_cache_config={"dtype": "fp8"})
+    assert torch.equal(compiled(IDS), plain)
+    compiled.shutdown()
+
+
+def test_experts_that_are_stored_in_several_ways_are_made_dense_and_the_report_says_so(tmp_path: Path) -> None:
+    quantized, dense = write(tmp_path, BY_NAME["gptq"], make_model("qwen3_moe", moe_intermediate_size=64, num_hidden_layers=1))
+    tensors, exact = load_file(quantized / "model.safetensors"), load_file(dense / "model.safetensors")
+    name = "model.layers.0.mlp.experts.3.up_proj"
+    kept = {key: tensor for key, tensor in tensors.items() if not key.startswith(name)}
+    save_file({**kept, f"{name}.weight": exact[f"{name}.weight"]}, quantized / "model.safetensors")
+    compiled = autodeploy.compile(quantized, dtype="float32")
+    (text,) = remark_texts(compiled.program)
+    assert text == (
+        "dense, since its parts are stored in several formats (dense and int4): 1 (model.layers.0.mlp.experts.gate_up_proj)"
+    )
+    assert text in compiled.report() and (compiled(IDS) - logits(dense)).abs().max() < 1e-4
     compiled.shutdown()
 
 

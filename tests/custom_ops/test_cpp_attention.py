@@ -20,6 +20,7 @@ from autodeploy.custom_ops.cpp import isas, kernels, record_kernels
 from autodeploy.specs import SCALE_BYTES, Target
 
 DTYPES = (torch.float32, torch.bfloat16)
+BYTES = (torch.int8, torch.float8_e4m3fn)
 MIXED = ((1, 1), (1, 300), (5, 5), (70, 200), (3, 100), (1, 16), (64, 64), (1, 513))
 """(new tokens, length with them) of each request of a step: decoding, whole prompts and later chunks."""
 
@@ -135,14 +136,15 @@ def test_a_mixed_batch_is_as_near_to_float64_as_the_reference(dtype: torch.dtype
 
 @pytest.mark.parametrize(("shape", "extras"), [case for case in CASES if case[0] != "small latent"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kept", BYTES, ids=str)
 def test_a_mixed_batch_over_a_cache_of_bytes_adds_no_error_to_what_the_bytes_stand_for(
-    dtype: torch.dtype, shape: str, extras: str
+    kept: torch.dtype, dtype: torch.dtype, shape: str, extras: str
 ) -> None:
     torch.manual_seed(0)
     step = Step(SHAPES[shape], dtype, EXTRAS[extras])
     sizes = (step.shape.head_dim_k, step.shape.head_dim_v)
     parts = [step.cache] if step.shape.latent else list(step.cache.split(sizes, -1))
-    rows = scaled_rows(parts, torch.int8)
+    rows = scaled_rows(parts, kept)
     keys, values = unscaled(rows, *sizes)
     step.cache = keys if step.shape.latent else torch.cat([keys, values], -1)
     expected = paged_attention.reference(*step.arguments(torch.float64))
@@ -152,6 +154,16 @@ def test_a_mixed_batch_over_a_cache_of_bytes_adds_no_error_to_what_the_bytes_sta
     ours, reference = (error(attend(q, rows, *rest), expected) for attend in (run, paged_attention.reference))
     assert ours <= (5e-7 if dtype is torch.float32 else 1.2 * rounded)
     assert reference <= (5e-7 if dtype is torch.float32 else 1.2 * rounded)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_float_of_8_bits_is_read_as_what_it_is(dtype: torch.dtype) -> None:
+    codes = torch.tensor([code for code in range(256) if code & 0x7F != 0x7F], dtype=torch.uint8)
+    row = torch.cat([torch.zeros(8, dtype=torch.uint8), codes, torch.ones(2).view(torch.uint8)])
+    where = (torch.tensor([[0]]), torch.tensor([0, 1], dtype=torch.int32), torch.tensor([1], dtype=torch.int32))
+    cache = row.view(torch.float8_e4m3fn).expand(1, 1, 1, -1).contiguous()
+    found = run(torch.ones(1, 1, 1, 8, dtype=dtype), cache, *where, None, 1.0, 0, 0.0, len(codes))
+    assert torch.equal(found.flatten().float(), codes.view(torch.float8_e4m3fn).float())
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -195,16 +207,16 @@ def test_a_call_made_again_reads_the_lengths_and_pages_of_its_own_step() -> None
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("norm", [(), (1e-6, 0.0, False), (1e-5, 1.0, True)], ids=["plain", "normed", "offset"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("in_bytes", [False, True])
+@pytest.mark.parametrize("kept", [None, *BYTES], ids=str)
 def test_turning_and_appending_at_once_gives_the_bits_of_one_after_the_other(
-    in_bytes: bool, dtype: torch.dtype, norm: tuple[Any, ...], interleaved: bool, tokens: int
+    kept: torch.dtype | None, dtype: torch.dtype, norm: tuple[Any, ...], interleaved: bool, tokens: int
 ) -> None:
     torch.manual_seed(0)
     q, k, v = torch.randn(1, tokens, 16, 40).to(dtype).transpose(1, 2).split([8, 4, 4], 1)
     v = v[..., :36]
     cos, sin = (torch.randn(1, 1, tokens, 40).to(dtype) for _ in range(2))
     weights = [torch.randn(40).to(dtype), None] if norm else []
-    ours, slots = empty_cache(76, 4, None if in_bytes else dtype), torch.randperm(256)[:tokens]
+    ours, slots = empty_cache(76, 4, kept or dtype), torch.randperm(256)[:tokens]
     expected = ours.clone()
     arguments = (cos, sin, interleaved, *weights, *norm)
     provider, against = rope_append.choose(Target("cpu"), q, k, v, ours, slots, *arguments)
@@ -214,36 +226,39 @@ def test_turning_and_appending_at_once_gives_the_bits_of_one_after_the_other(
         q, k = (cpp_pointwise.rms_norm(x, weight, *norm) for x, weight in zip((q, k), weights, strict=True))
     cpp_attention.cpp_kv_append(cpp_pointwise.rope(k, cos, sin, interleaved), v, expected, slots)
     assert torch.equal(turned, cpp_pointwise.rope(q, cos, sin, interleaved))
+    if kept is not None:
+        ours, expected = ours.view(torch.int8), expected.view(torch.int8)
     assert torch.equal(ours.nan_to_num(99), expected.nan_to_num(99))
 
 
 @pytest.mark.parametrize("tokens", [3, 200])
 @pytest.mark.parametrize("latent", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("in_bytes", [False, True])
+@pytest.mark.parametrize("kept", [None, *BYTES], ids=str)
 def test_keys_and_values_are_written_where_the_reference_writes_them(
-    in_bytes: bool, dtype: torch.dtype, latent: bool, tokens: int
+    kept: torch.dtype | None, dtype: torch.dtype, latent: bool, tokens: int
 ) -> None:
     torch.manual_seed(0)
     k = torch.randn(1, tokens, 8, 40).to(dtype).transpose(1, 2)
     v = None if latent else torch.randn(1, 8, 36, tokens).to(dtype).transpose(2, 3)
+    k[..., ::3] *= 1e-4  # floats of 8 bits have few such small ones
     k[0, 1, 0], k[0, 2, 1, 7], k[0, 3, 2, 9] = 0, float("nan"), float("inf")
-    ours, slots = empty_cache(40 if latent else 76, 8, None if in_bytes else dtype), torch.randperm(256)[:tokens]
+    ours, slots = empty_cache(40 if latent else 76, 8, kept or dtype), torch.randperm(256)[:tokens]
     expected = ours.clone()
     provider, against = kv_append.choose(Target("cpu"), k, v, ours, slots)
     assert provider.name == "cpp", against
     provider.function(k, v, ours, slots)
     kv_append.reference(k, v, expected, slots)
-    if in_bytes:  # in a row that is not of numbers, only that is told
+    if kept is not None:  # in a row that is not of numbers, only that is told
         ours, expected = (torch.cat(unscaled(cache, 40, 40 if latent else 36), -1) for cache in (ours, expected))
         assert ours.isnan().any() and not ours.isnan().all()
     assert torch.equal(ours.nan_to_num(99), expected.nan_to_num(99))
 
 
-def empty_cache(numbers: int, heads: int, dtype: torch.dtype | None) -> Tensor:
-    """[64, 4, heads, C], not numbers where that can be; None: of bytes with their scales."""
-    if dtype is None:
-        return torch.zeros(64, 4, heads, numbers + SCALE_BYTES, dtype=torch.int8)
+def empty_cache(numbers: int, heads: int, dtype: torch.dtype) -> Tensor:
+    """[64, 4, heads, C], not numbers where that can be; of 8 bits with their scales."""
+    if dtype in BYTES:
+        return torch.zeros(64, 4, heads, numbers + SCALE_BYTES, dtype=dtype)
     return torch.full((64, 4, heads, numbers), float("nan"), dtype=dtype)
 
 
@@ -268,10 +283,11 @@ def test_what_it_cannot_serve_is_left_to_the_reference_with_the_reason(change: d
 
 @pytest.mark.parametrize("isa", isas()[1:])
 def test_every_instruction_set_of_this_cpu_is_as_good(isa: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "mixed_batch and (small or odd)"]
+    chosen = "every_float or mixed_batch and (small or odd)"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", chosen]
     environment = {**os.environ, "AUTODEPLOY_CPP_ISA": isa, "OMP_WAIT_POLICY": "passive"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert "32 passed" in done.stdout and done.returncode == 0, done.stdout
+    assert "48 passed" in done.stdout and done.returncode == 0, done.stdout
 
 
 def test_without_cpp_the_reference_serves(monkeypatch: pytest.MonkeyPatch) -> None:

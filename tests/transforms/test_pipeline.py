@@ -265,7 +265,7 @@ def test_passes_go_on_from_a_loaded_program(pristine: Program, tmp_path: Path) -
     ("spoil", "message"),
     [
         (lambda text: text[:-40], "cannot be read"),
-        (lambda text: text.replace('"version": 3', '"version": 7'), "not a program of format 3"),
+        (lambda text: text.replace('"version": 4', '"version": 7'), "not a program of format 4"),
         (lambda text: text.replace("aten.silu.default", "aten.sum.default"), "was saved as.*but aten.sum.default gives"),
     ],
 )

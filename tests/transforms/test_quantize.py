@@ -15,6 +15,9 @@ from autodeploy import ConfigError, Program, QuantConfig, SamplingParams, Target
 from autodeploy.custom_ops.cpp_quantized import BytePanels, HalfBytePanels
 from autodeploy.formats import SCHEMES, Format
 from autodeploy.recipes import Quantize
+from autodeploy.report.html import _weights
+from autodeploy.report.tables import describe, remark_texts
+from autodeploy.report.timeline import Timeline
 from autodeploy.transforms.quantize import QuantizeWeights
 from tests.executor.test_packing import tensors_of
 from tests.marks import needs_byte_kernels
@@ -96,10 +99,15 @@ def test_applied_once_more_it_finds_nothing_and_a_saved_program_is_the_same(tmp_
     assert Program.load(tmp_path).weights == program.weights
 
 
-def test_columns_that_groups_do_not_divide_stay_dense() -> None:
+def test_columns_that_groups_do_not_divide_stay_dense_and_the_report_says_so(tmp_path: Path) -> None:
     program = lowered(make_model("qwen3", intermediate_size=72), quantization="int4")
     names = quantized_names(program)
     assert [name for name in names if "up_proj" in name] and not [name for name in names if "down_proj" in name]
+    (text,) = remark_texts(program)
+    assert text.startswith("dense, since groups of 32 do not divide its 72 columns: 2 (model.layers.0.mlp.down_proj.weight, ")
+    assert text in describe(program, Timeline()) and "do not divide its 72 columns" in _weights(program)
+    program.save(tmp_path)
+    assert remark_texts(Program.load(tmp_path)) == [text]
 
 
 def test_experts_whose_inputs_come_first_are_rounded_along_them() -> None:

@@ -131,6 +131,7 @@ struct Pairs {
     }
     static uint32_t bits(bf16 x) { return x.bits; }
     static uint32_t bits(int8_t x) { return __builtin_bit_cast(uint32_t, float(x)) >> 16; }
+    static uint32_t bits(e4m3 x) { return __builtin_bit_cast(uint32_t, widen(x)) >> 16; }
     static Operand load(const Unit* from) { return (Operand)_mm512_loadu_si512(from); }
     static Operand spread(Unit x) { return (Operand)_mm512_set1_epi32(int32_t(x)); }
     static Vec dot(Vec total, Operand a, Operand b) { return _mm512_dpbf16_ps(total, a, b); }
@@ -145,6 +146,16 @@ struct Pairs {
         const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm512_castsi512_si256(whole)));
         const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm512_extracti64x4_epi64(whole, 1)));
         return (__m512i)_mm512_cvtne2ps_pbh(high, low);
+    }
+    static __m512i words(const e4m3* from, int64_t count) {
+        alignas(64) static constexpr uint16_t SMALL[WIDTH] = {0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60};
+        const __mmask32 given = count >= WIDTH ? ~__mmask32(0) : __mmask32((uint64_t(1) << count) - 1);
+        const __m512i codes = _mm512_cvtepu8_epi16(_mm256_maskz_loadu_epi8(given, from));
+        const __m512i size = _mm512_and_si512(codes, _mm512_set1_epi16(0x7f));
+        const __m512i normal = _mm512_add_epi16(_mm512_slli_epi16(size, 4), _mm512_set1_epi16(120 << 7));
+        const __mmask32 is_small = _mm512_cmplt_epu16_mask(size, _mm512_set1_epi16(8));
+        const __m512i wide = _mm512_mask_permutexvar_epi16(normal, is_small, size, _mm512_load_si512(SMALL));
+        return _mm512_or_si512(wide, _mm512_slli_epi16(_mm512_srli_epi16(codes, 7), 15));
     }
     template <typename S>
     static Operand read(const S* from, int64_t count) {
