@@ -18,8 +18,8 @@ import torch
 
 from autodeploy import CompiledModel
 from autodeploy.executor.cuda_graphs import ladder
-from autodeploy.executor.piecewise import token_ladder
 from autodeploy.executor.graph_device import CudaDevice, OnDeviceOnly
+from autodeploy.executor.piecewise import token_ladder
 
 POISON = ("CUDA error", "illegal memory access", "misaligned address", "device-side assert", "unspecified launch failure")
 """In errors after which the GPU answers a process no more."""
