@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from numbers import Integral
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -95,7 +96,8 @@ def compile_observed(args: LLMArgs, *observers: Observer, timeline: Timeline | N
         if args.mesh.size > 1:
             runner = _start_ranks(args, lowered, advance)
         else:
-            runner = ModelRunner(program, lowered.source, _device(args), advance, _graph_options(args))
+            graphs = _with_pieces(_graph_options(args), args, program)
+            runner = ModelRunner(program, lowered.source, _device(args), advance, graphs)
     return CompiledModel(args, lowered.facts, timeline, runner, program)
 
 
@@ -166,6 +168,16 @@ def _graph_options(args: LLMArgs) -> GraphOptions:
     config = args.cuda_graphs
     largest = min(config.max_batch_size or args.max_batch_size, args.max_batch_size)
     return GraphOptions(largest if config.enabled else 0, config.ahead)
+
+
+def _with_pieces(options: GraphOptions, args: LLMArgs, program: Program) -> GraphOptions:
+    """Have steps with prompts run in pieces, if a GPU runs them. One rank alone: several would have to fail alike."""
+    most = min(args.cuda_graphs.max_num_tokens, args.max_num_tokens)
+    if not (options.max_batch_size and most and _device(args).startswith("cuda")):
+        return options
+    from autodeploy.transforms.split import split_pieces
+
+    return replace(options, max_num_tokens=most, pieces=split_pieces(program))
 
 
 def _refuse_ranks(args: LLMArgs) -> None:
@@ -377,7 +389,7 @@ class CompiledModel:
         graphs = self._local_runner.graphs if self._local_runner is not None else None
         if graphs is not None and graphs.options.ahead:
             num_pages = -(-self.max_seq_len // page_size)
-            with self.timeline.phase("capture CUDA graphs", len(graphs.shapes(num_pages))) as advance:
+            with self.timeline.phase("capture CUDA graphs", graphs.num_captures(num_pages)) as advance:
                 capture_all = self.runner.capture_all if isinstance(self.runner, DistributedRunner) else graphs.capture_all
                 capture_all(num_pages, advance)
 

@@ -269,15 +269,18 @@ class KVCacheConfig(_Options):
 
 
 class CudaGraphConfig(_Options):
-    """Decode steps as CUDA graphs, on GPUs; CPUs do without. Raises `ConfigError`."""
+    """Steps as CUDA graphs, on GPUs; CPUs do without. Raises `ConfigError`."""
 
     _ALIASES = {"max_cudagraph_capture_size": "max_batch_size"}
     _LATER = _only_neutral("batch_sizes cudagraph_capture_sizes", enable_padding=(True,))
 
-    enabled: bool = Field(default=True, description="whether decode steps are captured and replayed")
+    enabled: bool = Field(default=True, description="whether steps are captured and replayed")
     ahead: bool = Field(default=False, description="whether all shapes are captured at the start, not when one comes again")
     max_batch_size: int | None = Field(
-        default=None, ge=1, description="the most requests of a captured step; None is the engine's max_batch_size"
+        default=None, ge=1, description="the most requests of a captured decode step; None is the engine's max_batch_size"
+    )
+    max_num_tokens: int = Field(
+        default=512, ge=0, description="the most tokens of a step with prompts that is captured in pieces; 0 captures none"
     )
 
 

@@ -113,6 +113,36 @@ BatchMetadata = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
+class TokenValue:
+    """A value with rows of each token, which one piece gives and others read. shape: that of one token, its rows at `dim`."""
+
+    shape: tuple[int, ...]
+    dim: int
+    dtype: str
+    place: int
+    """Values of one place are never needed at once, and have equally many numbers per token."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Calls of a lowered program, by name, and the values of others that they need or others need of them."""
+
+    calls: tuple[str, ...]
+    is_captured: bool
+    """Whether nothing in it depends on lengths: it is the same for all steps of T tokens."""
+    reads: tuple[str, ...] = ()
+    gives: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """A lowered program in order, and the values that captured pieces read and give, inputs and caches excepted."""
+
+    pieces: tuple[Piece, ...]
+    values: Mapping[str, TokenValue]
+
+
+@dataclass(frozen=True)
 class AttentionLayer:
     """One attention call of the model: what a backend needs to know to serve it."""
 

@@ -188,7 +188,11 @@ def test_max_batch_size_follows_a_small_token_budget() -> None:
         ({"context_parallel_size": 2}, ["context_parallel_size=2 is not supported yet"]),
         ({"quantization": "fp9"}, ["scheme='fp9' is refused", "Did you mean 'fp8'"]),
         ({"cuda_graph_config": {"max_batchsize": 8}}, ["CudaGraphConfig has no option 'max_batchsize'", "'max_batch_size'"]),
-        ({"cuda_graph_config": {"max_batch_size": 0}}, ["CudaGraphConfig: max_batch_size=0", "requests of a captured step"]),
+        (
+            {"cuda_graph_config": {"max_batch_size": 0}},
+            ["CudaGraphConfig: max_batch_size=0", "requests of a captured decode step"],
+        ),
+        ({"cuda_graph_config": {"max_num_tokens": -1}}, ["CudaGraphConfig: max_num_tokens=-1", "captured in pieces"]),
         ({"cuda_graph_config": {"batch_sizes": [1, 2]}}, ["batch_sizes=[1, 2] is not supported yet"]),
         ({"cuda_graph_config": {"ahead": True}, "enforce_eager": True}, ["enforce_eager=True", "leave one out"]),
         ({"speculative_config": {"method": "ngram"}}, ["speculative_config", "not supported yet"]),

@@ -19,6 +19,7 @@ import torch
 from autodeploy import CompiledModel
 from autodeploy.executor.cuda_graphs import ladder
 from autodeploy.executor.graph_device import CudaDevice, OnDeviceOnly
+from autodeploy.executor.piecewise import token_ladder
 
 POISON = ("CUDA error", "illegal memory access", "misaligned address", "device-side assert", "unspecified launch failure")
 """In errors after which the GPU answers a process no more."""
@@ -160,4 +161,6 @@ def switch_graphs(compiled: CompiledModel, on: bool) -> Any:
     graphs: Any = compiled.runner.graphs  # pyright: ignore[reportAttributeAccessIssue]
     if graphs is not None:
         graphs.sizes = ladder(graphs.options.max_batch_size) if on else ()
+        if graphs.piecewise is not None:
+            graphs.piecewise.sizes = token_ladder(graphs.options.max_num_tokens) if on else ()
     return graphs

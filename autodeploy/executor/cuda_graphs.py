@@ -2,7 +2,8 @@
 
 A decode step (one token of each request) is padded to the next size of a ladder, its page tables to the next power of two of
 pages. Padding is requests of one token that write to the scratch page and slot and read what they have just written there; their
-logits are dropped. All other steps run without a graph, and so does everything once a capture has failed.
+logits are dropped. Other steps run piece by piece (`piecewise.py`) or without a graph, and so does everything once a capture has
+failed.
 """
 
 from __future__ import annotations
@@ -19,23 +20,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from autodeploy.custom_ops import provider_at_work
 from autodeploy.executor.batch import MIN_PAGES
-from autodeploy.executor.graph_device import GraphDevice, Replay, StepInputs
-from autodeploy.executor.kv_cache import SCRATCH_PAGE
-from autodeploy.specs import BatchMetadata, input_spec
+from autodeploy.executor.graph_device import GraphDevice, Replay, StepInputs, failure_text, kind_of, padding_of
+from autodeploy.executor.piecewise import PiecewiseRunner
+from autodeploy.specs import BatchMetadata, Pieces, input_spec
 
 SMALL_SIZES, STEP = (1, 2, 4), 8
-PADDING = {"seq_lens": 1, "rope_len": 1}
-"""What padding has in place of scratch page, slot, token and position 0."""
 
 
 @dataclass(frozen=True)
 class GraphOptions:
-    """max_batch_size: requests of the largest step that is captured; 0 captures none. ahead: all shapes before the first step."""
+    """max_batch_size: requests of the largest step that is captured; 0 captures none. ahead: all shapes before the first step.
+
+    pieces: of the program, for steps with prompts, of at most `max_num_tokens`; None: these run without graphs.
+    """
 
     max_batch_size: int = 0
     ahead: bool = False
+    max_num_tokens: int = 0
+    pieces: Pieces | None = None
 
 
 class StepShape(NamedTuple):
@@ -71,7 +74,7 @@ class CudaGraphRunner:
     """Runs steps on a GPU.
 
     compute: the program, from its inputs (in the order of `names`) to logits [N, V]. plan: host work before each step, from its
-    arrays; it gets the padded ones of a graph.
+    arrays; it gets the padded ones of a graph. piecewise: runs steps with prompts, where it can.
     """
 
     def __init__(
@@ -81,12 +84,14 @@ class CudaGraphRunner:
         gpu: GraphDevice,
         options: GraphOptions,
         plan: Callable[[BatchMetadata], None] = lambda batch: None,
+        piecewise: PiecewiseRunner | None = None,
     ) -> None:
         self.names, self.options, self.sizes = list(names), options, ladder(options.max_batch_size)
         self.failure = ""
         """Why nothing is captured any more."""
         self.greedy: Callable[[Tensor], Tensor] | None = None
         """What graphs end with, set before the first step: logits [N, V] -> [N, 2], the largest of each row and its token."""
+        self.piecewise = piecewise
         self._compute, self._gpu, self._plan = compute, gpu, plan
         self.clear()
 
@@ -97,6 +102,8 @@ class CudaGraphRunner:
         self._known: set[StepShape] = set()
         self._logits: Tensor | None = None
         self._chosen: Tensor | None = None
+        if self.piecewise is not None:
+            self.piecewise.clear()
 
     def use(self) -> AbstractContextManager[Any]:
         return self._gpu.use()
@@ -104,6 +111,9 @@ class CudaGraphRunner:
     def forward(self, batch: BatchMetadata) -> Tensor:
         """The wanted logits [N, V] of a step, valid until the next one."""
         with self._gpu.use():
+            if not _decodes(batch):
+                logits = None if self.piecewise is None else self.piecewise.forward(batch)
+                return self._run_plain(batch) if logits is None else logits
             step = self._step_for(batch)
             return self._run_plain(batch) if step is None else self._run_captured(step, batch)
 
@@ -126,7 +136,7 @@ class CudaGraphRunner:
     def shapes(self, num_pages: int) -> list[StepShape]:
         """All that steps with up to that many pages per request may have, the largest first: the others fit into its memory."""
         widths = [0]
-        if any(_kind(name) == "page_table" for name in self.names):
+        if any(kind_of(name) == "page_table" for name in self.names):
             widths = [MIN_PAGES << i for i in range((-(-num_pages // MIN_PAGES) - 1).bit_length() + 1)]
         return [StepShape(size, width) for size in reversed(self.sizes) for width in reversed(widths)]
 
@@ -138,11 +148,27 @@ class CudaGraphRunner:
                 if not self.failure:
                     self._try_to_capture(shape)
                 advance()
+            for size in self._piece_sizes:
+                assert self.piecewise is not None
+                self.piecewise.capture(size)
+                advance()
+
+    def num_captures(self, num_pages: int) -> int:
+        """How often `capture_all` calls `advance`."""
+        return len(self.shapes(num_pages)) + len(self._piece_sizes)
+
+    @property
+    def _piece_sizes(self) -> tuple[int, ...]:
+        """Numbers of tokens, the largest first."""
+        return () if self.piecewise is None else self.piecewise.sizes[::-1]
 
     def summary(self) -> str:
-        """One line for the report."""
+        """For the report."""
         if not self.sizes:
             return "CUDA graphs: off"
+        return self._summary() if self.piecewise is None else f"{self._summary()}\n{self.piecewise.summary()}"
+
+    def _summary(self) -> str:
         shapes = f"{len(self.captured)} shapes captured in {self.capture_seconds:.1f} s, {self.num_replays} steps replayed"
         text = f"CUDA graphs: decode steps of up to {self.sizes[-1]} requests, {shapes}"
         return f"{text}; no more are captured: {self.failure}" if self.failure else text
@@ -150,9 +176,9 @@ class CudaGraphRunner:
     def _step_for(self, batch: BatchMetadata) -> CapturedStep | None:
         """The graph for a step; captured now if its shape comes a second time. None: there is none."""
         count = len(batch["seq_lens"])
-        if count != batch["input_ids"].shape[1] or not self.sizes or count > self.sizes[-1]:
+        if not _decodes(batch) or not self.sizes or count > self.sizes[-1]:
             return None
-        widest = max((batch[name].shape[1] for name in self.names if _kind(name) == "page_table"), default=0)
+        widest = max((batch[name].shape[1] for name in self.names if kind_of(name) == "page_table"), default=0)
         shape = StepShape(self.sizes[bisect_left(self.sizes, count)], 1 << (widest - 1).bit_length() if widest else 0)
         if shape not in self.captured and not self.failure and shape in self._known:
             self._try_to_capture(shape)
@@ -164,16 +190,15 @@ class CudaGraphRunner:
         try:
             self.captured[shape] = self._capture(shape)
         except Exception as error:
-            first = (str(error).strip().splitlines() or ["no reason given"])[0]
-            what = f"{provider_at_work(error)}{type(error).__name__}: {first}"
-            self.failure = f"the capture for {shape.size} requests of up to {shape.num_pages} pages failed: {what}"
+            shown = f"{shape.size} requests of up to {shape.num_pages} pages"
+            self.failure = f"the capture for {shown} failed: {failure_text(error)}"
         self.capture_seconds += time.perf_counter() - started
 
     def _capture(self, shape: StepShape) -> CapturedStep:
         """Nothing but padding is computed here: a step of real requests would move their recurrent states several times."""
         inputs = StepInputs({name: _padded_shape(name, shape) for name in self.names}, self._gpu)
         for name, array in inputs.arrays.items():
-            array[...] = np.arange(len(array)) if _kind(name) == "cu_seqlens_q" else _padding(name)
+            array[...] = np.arange(len(array)) if kind_of(name) == "cu_seqlens_q" else padding_of(name)
         self._plan(inputs.arrays)
         tensors = inputs.upload()
         logits, chosen = self._places_for(self._compute(tensors), shape.size)
@@ -195,10 +220,10 @@ class CudaGraphRunner:
     def _run_captured(self, step: CapturedStep, batch: BatchMetadata, tokens: Tensor | None = None) -> Tensor:
         arrays = step.inputs.writable()
         for name, array in arrays.items():
-            if _kind(name) != "cu_seqlens_q":  # it is always one token each
+            if kind_of(name) != "cu_seqlens_q":  # it is always one token each
                 given = batch[name]
                 if array.shape != given.shape:
-                    array.fill(_padding(name))
+                    array.fill(padding_of(name))
                 array[tuple(map(slice, given.shape))] = given
         self._plan({**batch, **arrays})
         self._replace_tokens(step.inputs.upload(), tokens)
@@ -222,19 +247,15 @@ class CudaGraphRunner:
         return inputs
 
 
+def _decodes(batch: BatchMetadata) -> bool:
+    """Whether a step has one token of each request."""
+    return len(batch["seq_lens"]) == batch["input_ids"].shape[1]
+
+
 def ladder(max_batch_size: int) -> tuple[int, ...]:
     """Sizes that decode steps are padded to: 1, 2, 4, then multiples of 8, and the largest itself; none for 0."""
     sizes = {*SMALL_SIZES, *range(STEP, max_batch_size, STEP), max_batch_size}
     return tuple(sorted(size for size in sizes if 0 < size <= max_batch_size))
-
-
-def _kind(name: str) -> str:
-    """The name of an input without its window."""
-    return name.partition("_window_")[0]
-
-
-def _padding(name: str) -> int:
-    return PADDING.get(_kind(name), SCRATCH_PAGE)
 
 
 def _padded_shape(name: str, shape: StepShape) -> tuple[int, ...]:

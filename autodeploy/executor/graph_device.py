@@ -14,8 +14,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from autodeploy.custom_ops import provider_at_work
+from autodeploy.executor.kv_cache import SCRATCH_PAGE
 from autodeploy.specs import DTYPE_BYTES, input_spec
 
+PADDING = {"seq_lens": 1, "rope_len": 1}
+"""What padding has in place of scratch page, slot, token and position 0."""
 ALIGNMENT = 128
 """Bytes; where each input begins."""
 WARM_UPS = 2
@@ -25,6 +29,22 @@ COPIES = {"aten::to", "aten::_to_copy", "aten::copy_", "aten::_copy_from"}
 """Names of ops that may go from one device to another; what others take from the host are single numbers."""
 
 Replay = Callable[[], None]
+
+
+def kind_of(name: str) -> str:
+    """The name of an input without its window."""
+    return name.partition("_window_")[0]
+
+
+def padding_of(name: str) -> int:
+    """What stands in an input for what is not there."""
+    return PADDING.get(kind_of(name), SCRATCH_PAGE)
+
+
+def failure_text(error: Exception) -> str:
+    """Why a capture failed, on one line."""
+    first = (str(error).strip().splitlines() or ["no reason given"])[0]
+    return f"{provider_at_work(error)}{type(error).__name__}: {first}"
 
 
 class GraphDevice(Protocol):

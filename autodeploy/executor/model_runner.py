@@ -15,8 +15,9 @@ from autodeploy.custom_ops.attention_backend import backend_named
 from autodeploy.executor.batch import WantedRows
 from autodeploy.executor.cores import available_cores
 from autodeploy.executor.cuda_graphs import CudaGraphRunner, GraphOptions
-from autodeploy.executor.graph_device import CudaDevice
+from autodeploy.executor.graph_device import CudaDevice, GraphDevice
 from autodeploy.executor.packing import bytes_of, parameter_uses, read_packed, release_freed_memory
+from autodeploy.executor.piecewise import PiecewiseRunner
 from autodeploy.executor.recorded_step import Arena, RecordedStep, can_record, record
 from autodeploy.executor.request import Request
 from autodeploy.formats import Integers
@@ -93,12 +94,18 @@ class ModelRunner:
         self.caches: list[Tensor] = []
         self.graphs: CudaGraphRunner | None = None
         if device.startswith("cuda"):
-            gpu = CudaDevice(device)
-            self.graphs = CudaGraphRunner(self._compute, program.inputs, gpu, graphs or GraphOptions(), self._plan)
+            self.use_graphs(CudaDevice(device), graphs or GraphOptions())
         self.records_steps = device == "cpu" and can_record(self.module.graph)
         self.recorded: dict[Any, RecordedStep] = {}
         self.known_shapes: set[Any] = set()
         self.arena = Arena()
+
+    def use_graphs(self, gpu: GraphDevice, options: GraphOptions) -> None:
+        """From now on steps run as they do on a GPU."""
+        names, pieces = list(self.program.inputs), options.pieces
+        if pieces is not None:
+            pieces = PiecewiseRunner(self.module, pieces, names, self._caches, gpu, options.max_num_tokens, self._plan)
+        self.graphs = CudaGraphRunner(self._compute, names, gpu, options, self._plan, pieces)
 
     @property
     def stored_bytes(self) -> int:
@@ -131,6 +138,9 @@ class ModelRunner:
     def _plan(self, batch: BatchMetadata) -> None:
         for backend in self.backends:
             backend.plan(batch)
+
+    def _caches(self) -> dict[str, Tensor]:
+        return dict(zip(self.program.caches, self.caches, strict=True))
 
     def _compute(self, inputs: Sequence[Tensor]) -> Tensor:
         """The program's inputs, on its device -> logits [N, V]."""
