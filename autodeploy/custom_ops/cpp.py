@@ -155,6 +155,11 @@ def isa() -> str:
     return chosen
 
 
+def compiler_flags(name: str) -> list[str]:
+    """What kernels for an instruction set are compiled with."""
+    return [*FLAGS, *(f"-m{flag.replace('_', '')}" for flag in ISAS[name])]
+
+
 @cache
 def multiplies_bfloat16() -> bool:
     """Whether the kernels multiply pairs of bfloat16 as they are."""
@@ -181,7 +186,7 @@ def kernels() -> ctypes.CDLL | BuildError:
 def _built() -> Path:
     """The library of these sources, compiler and instruction set; its name is their hash, and a second file holds its own."""
     compiler = _compiler()
-    flags = [*FLAGS, *(f"-m{flag.replace('_', '')}" for flag in ISAS[isa()])]
+    flags = compiler_flags(isa())
     flags += SANITIZE if os.environ.get("AUTODEPLOY_CPP_SANITIZE") else ()
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
     digest = hashlib.sha256(repr((flags, version, platform.machine(), torch.__version__)).encode())
