@@ -98,7 +98,7 @@ def test_keys_and_values_are_written_as_the_reference_writes_them(dtype: torch.d
     k = torch.randn(1, 5, 4, 40).to(dtype).transpose(1, 2)
     v = None if latent else torch.randn(1, 4, 36, 5).to(dtype).transpose(2, 3)
     k[0, 1, 0] = 0
-    ours = _cache(40 if latent else 76, 4, KINDS[kind], dtype)
+    ours = empty_cache(40 if latent else 76, 4, KINDS[kind] or dtype)
     expected, slots = ours.clone(), torch.randperm(256)[:5]
     provider_of(kv_append, k, v, ours, slots).function(k, v, ours, slots)
     kv_append.reference(k, v, expected, slots)
@@ -114,7 +114,7 @@ def test_turning_and_appending(interleaved: bool, norm: tuple[Any, ...], kind: s
     v = v[..., :36]
     cos, sin = (torch.randn(1, 1, 3, 40) for _ in range(2))
     weights = [torch.randn(40), None] if norm else []
-    ours = _cache(76, 4, KINDS[kind], torch.float32)
+    ours = empty_cache(76, 4, KINDS[kind] or torch.float32)
     expected, slots = ours.clone(), torch.randperm(256)[:3]
     arguments = (slots, cos, sin, interleaved, *weights, *norm)
     found = provider_of(rope_append, q, k, v, ours, *arguments).function(q, k, v, ours, *arguments)
@@ -125,12 +125,6 @@ def test_turning_and_appending(interleaved: bool, norm: tuple[Any, ...], kind: s
         assert error(pairs[0], pairs[1].double()) < 2e-3
     else:
         assert torch.allclose(ours.nan_to_num(99), expected.nan_to_num(99), rtol=1e-5, atol=1e-5)
-
-
-def _cache(numbers_of_a_row: int, heads: int, kind: torch.dtype | None, dtype: torch.dtype) -> torch.Tensor:
-    if kind is None:
-        return empty_cache(numbers_of_a_row, heads, dtype)
-    return empty_cache(numbers_of_a_row, heads, None).view(kind)
 
 
 def _bits(cache: torch.Tensor) -> torch.Tensor:
