@@ -20,9 +20,10 @@ def environment(cache: Path) -> dict[str, str]:
     return {**kept, "TRITON_CACHE_DIR": str(cache)}
 
 
+@pytest.mark.timeout(400)
 def test_every_variant_keeps_to_its_budget_and_the_page_says_what_it_takes(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, str(TOOL), "--check"], env=environment(tmp_path), capture_output=True, text=True, timeout=170
+        [sys.executable, str(TOOL), "--check"], env=environment(tmp_path), capture_output=True, text=True, timeout=390
     )
     assert done.returncode == 0 and " 0 breaches" in done.stdout, done.stdout + done.stderr
 
