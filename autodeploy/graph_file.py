@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_module
 
 from autodeploy.codec import decode, decode_target, describe, encode, encode_target, fake_input
 from autodeploy.custom_ops import symbolic
@@ -34,7 +35,8 @@ def read_graph(nodes: list[dict[str, Any]], parameters: Mapping[str, dict[str, A
         target = decode_target(data["target"]) if data["op"] == "call_function" else data["target"]
         args, kwargs = tuple(decode(data["args"], made)), decode({"dict": data.get("kwargs", {})}, made)
         made[data["name"]] = graph.create_node(data["op"], target, args, kwargs, data["name"])
-    return fx.GraphModule({name: _meta_parameter(kind) for name, kind in parameters.items()}, graph)
+    with _use_lazy_graph_module(True):  # what is executed is another one, over real weights
+        return _make_graph_module({name: _meta_parameter(kind) for name, kind in parameters.items()}, graph)
 
 
 def _meta_parameter(kind: dict[str, Any]) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Any, Protocol
@@ -95,9 +95,10 @@ def materialize(
     """Yield (parameter name, tensor) one at a time: at most one parameter exists beside those already yielded.
 
     A parameter that is a live tensor unchanged *is* that tensor; one that would still point into a mapped file is copied.
-    used_up: names of those that are read at once and not kept, and so need no copy. as_integers: names of those that are not
-    made dense.
+    used_up: names of those that are read at once and not kept: they need no copy, and those of parts all lie in the same memory.
+    as_integers: names of those that are not made dense.
     """
+    scratch = _Scratch()
     for name, recipe in plan.recipes.items():
         if name in as_integers:
             yield name, integers(recipe, source.fetch).to(device)
@@ -108,7 +109,10 @@ def materialize(
             fetched.append(source.fetch(leaf))
             return fetched[-1]
 
-        tensor = _assembled(recipe, fetch) if _has_parts(recipe) else evaluate(recipe, fetch).detach()
+        if _has_parts(recipe):
+            tensor = _assembled(recipe, fetch, scratch.empty if name in used_up else torch.empty)
+        else:
+            tensor = evaluate(recipe, fetch).detach()
         if source.mapped and name not in used_up and any(_storage(tensor) == _storage(leaf) for leaf in fetched):
             tensor = tensor.clone(memory_format=torch.contiguous_format)
         yield name, tensor.to(device)
@@ -118,10 +122,23 @@ def _has_parts(recipe: Recipe) -> bool:
     return isinstance(recipe.source if isinstance(recipe, Cast) else recipe, Join)
 
 
-def _assembled(recipe: Recipe, fetch: Fetch) -> Tensor:
+class _Scratch:
+    """Memory for one tensor after the other: the system clears each new page, which takes longer than to fill it."""
+
+    def __init__(self) -> None:
+        self.memory = torch.empty(0, dtype=torch.uint8)
+
+    def empty(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+        num_bytes = shape.numel() * dtype.itemsize
+        if self.memory.device != device or self.memory.numel() < num_bytes:
+            self.memory = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+        return self.memory[:num_bytes].view(dtype).view(shape)
+
+
+def _assembled(recipe: Recipe, fetch: Fetch, empty: Callable[..., Tensor]) -> Tensor:
     like = shape_of(recipe, fetch)
     device = next(fetch(leaf).device for leaf in recipe.leaves())  # that of a live model
-    result = torch.empty(like.shape, dtype=like.dtype, device=device)
+    result = empty(like.shape, dtype=like.dtype, device=device)
     with torch.no_grad():
         _fill(recipe, result, fetch)
     return result

@@ -16,7 +16,7 @@ from autodeploy.custom_ops.linear import embedding_op, linear_op
 from autodeploy.custom_ops.moe import Expert, expert_matrices, moe, packed_moe
 from autodeploy.custom_ops.op import Provider
 
-WIDTH = 64
+WIDTH, FLOAT_PART = 64, 64
 """Outputs of a panel."""
 HUGE_PAGE = 1 << 21
 
@@ -57,7 +57,8 @@ def panel_linear(x: Tensor, weight: Panels, bias: Tensor | None = None) -> Tenso
     num_inputs, num_outputs = weight.num_inputs, weight.num_outputs
     x = x.contiguous()
     out = x.new_empty((*x.shape[:-1], num_outputs))
-    wide = None if cpp.multiplies_bfloat16() else x.new_empty(x.numel(), dtype=torch.float32)
+    num_floats = x.numel() // num_inputs * -(-num_inputs // FLOAT_PART) * FLOAT_PART
+    wide = None if cpp.multiplies_bfloat16() else x.new_empty(num_floats, dtype=torch.float32)
     _linear(
         x.data_ptr(),
         num_inputs,

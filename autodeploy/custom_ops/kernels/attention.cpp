@@ -9,6 +9,7 @@
 constexpr int64_t RANGE = 256;        // keys of a task that streams tokens
 constexpr int64_t TILE_RANGE = 2048;  // and of one that serves a single token whose group is large enough for tiles
 constexpr int64_t LARGE_GROUP = 16;
+constexpr int64_t MANY = 16;  // tiles of a request to a thread
 
 struct Task {
     int64_t request, kv_head, num_heads;  // heads of the cache; of a tile one
@@ -33,7 +34,7 @@ class Plan {
     void make(const Call<T, S>& call, int64_t threads) {
         tasks.clear(), splits.clear(), partials = 0;
         for (int64_t i = 0; i < call.requests; i++)
-            if (call.new_tokens(i) > 1) add_tiles(call, i);
+            if (call.new_tokens(i) > 1) add_tiles(call, i, threads);
         const int64_t tiles = int64_t(tasks.size());
         for (int64_t i = 0; i < call.requests; i++)
             if (call.new_tokens(i) == 1) add_token(call, i);
@@ -41,11 +42,15 @@ class Plan {
     }
 
   private:
-    void add_tiles(const Call<T, S>& call, int64_t request) {
+    // Where each thread gets many, those of one head follow each other: its keys are then still near.
+    void add_tiles(const Call<T, S>& call, int64_t request, int64_t threads) {
         const int64_t rows = call.new_tokens(request) * call.group();
-        for (int64_t row = (rows - 1) / ROWS * ROWS; row >= 0; row -= ROWS)
-            for (int64_t head = 0; head < call.kv_heads; head++)
-                tasks.push_back({request, head, 1, row, 0, call.seq_lens[request], -1});
+        const int64_t tiles = (rows + ROWS - 1) / ROWS, count = tiles * call.kv_heads;
+        const bool by_head = count >= MANY * threads;
+        for (int64_t i = 0; i < count; i++) {
+            const int64_t head = by_head ? i / tiles : i % call.kv_heads, above = by_head ? i % tiles : i / call.kv_heads;
+            tasks.push_back({request, head, 1, (tiles - 1 - above) * ROWS, 0, call.seq_lens[request], -1});
+        }
     }
 
     // Halves the heads of tasks until there are so many tasks: heads know nothing of each other.

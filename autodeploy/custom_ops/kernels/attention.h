@@ -86,6 +86,7 @@ struct Singles {
     using Unit = float;    // what one lane of an operand holds: TOGETHER stored numbers
     using Operand = Vec;
     static constexpr int TOGETHER = 1, WIDTH = LANES;  // stored numbers of a unit, of an operand
+    static constexpr int KEYS = LANES == 16 ? 96 : 64, HIGH = LANES == 16 ? 6 : 4;  // of a tile at a time, of them in registers
 
     template <typename S>
     static Unit unit(const S* from, int64_t) {
@@ -123,7 +124,7 @@ struct Pairs {
     using Stored = bf16;
     using Unit = uint32_t;
     using Operand = __m512bh;
-    static constexpr int TOGETHER = 2, WIDTH = 2 * LANES;
+    static constexpr int TOGETHER = 2, WIDTH = 2 * LANES, KEYS = 64, HIGH = 4;
 
     template <typename S>
     static Unit unit(const S* from, int64_t count) {

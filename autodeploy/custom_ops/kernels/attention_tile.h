@@ -1,20 +1,20 @@
-// Attention of up to 64 query rows (tokens times the heads of a group) of one request over its keys, 64 at a time.
+// Attention of up to 64 query rows (tokens times the heads of a group) of one request over its keys, some at a time.
 #pragma once
 
 #include "attention.h"
 
-constexpr int ROWS = 64, KEYS = 64;
-constexpr int HIGH = 4;                                                   // rows of a whose products stay in registers,
-constexpr int WIDE = LANES == 16 ? 4 : ROWS % (3 * LANES) ? 2 : 3;        // and vectors of each
+constexpr int ROWS = 64;
+constexpr int LOW = 4;                                              // of its rows, products of so many or of M::HIGH stay in registers,
+constexpr int WIDE = LANES == 16 ? 4 : ROWS % (3 * LANES) ? 2 : 3;  // and so many vectors of each
 
 // out [HIGH, COUNT vectors] = out * factors + a times b. a: units at row * row_step + k * unit_step; b: units [k, b_step];
 // no factors: start from zero.
-template <class M, int COUNT>
+template <class M, int HIGH, int COUNT>
 inline void multiply(const typename M::Unit* a, int64_t row_step, int64_t unit_step, const typename M::Unit* b, int64_t b_step,
                      int64_t units, const float* factors, float* out,
                      int64_t out_step) {
     Vec total[HIGH][COUNT];
-#pragma GCC unroll 4
+#pragma GCC unroll 6
     for (int r = 0; r < HIGH; r++)
 #pragma GCC unroll 4
         for (int c = 0; c < COUNT; c++) total[r][c] = factors ? load(out + r * out_step + c * LANES) * factors[r] : Vec{};
@@ -22,35 +22,44 @@ inline void multiply(const typename M::Unit* a, int64_t row_step, int64_t unit_s
         typename M::Operand x[COUNT];
 #pragma GCC unroll 4
         for (int c = 0; c < COUNT; c++) x[c] = M::load(b + k * b_step + c * LANES);
-#pragma GCC unroll 4
+#pragma GCC unroll 6
         for (int r = 0; r < HIGH; r++) {
             const auto one = M::spread(a[r * row_step + k * unit_step]);
 #pragma GCC unroll 4
             for (int c = 0; c < COUNT; c++) total[r][c] = M::dot(total[r][c], one, x[c]);
         }
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 6
     for (int r = 0; r < HIGH; r++)
 #pragma GCC unroll 4
         for (int c = 0; c < COUNT; c++) store(out + r * out_step + c * LANES, total[r][c]);
 }
 
-// The same of any number of rows and columns; both are rounded up, to HIGH and to LANES.
+// The same of as many columns as there are, at most WIDE vectors, rounded up to LANES.
+template <class M, int HIGH>
+inline void multiply(int64_t columns, const typename M::Unit* a, int64_t row_step, int64_t unit_step, const typename M::Unit* b,
+                     int64_t b_step, int64_t units, const float* factors, float* out, int64_t out_step) {
+    switch (std::min<int64_t>(WIDE, (columns + LANES - 1) / LANES)) {
+        case 1: return multiply<M, HIGH, 1>(a, row_step, unit_step, b, b_step, units, factors, out, out_step);
+        case 2: return multiply<M, HIGH, 2>(a, row_step, unit_step, b, b_step, units, factors, out, out_step);
+        case 3: return multiply<M, HIGH, 3>(a, row_step, unit_step, b, b_step, units, factors, out, out_step);
+        default: return multiply<M, HIGH, WIDE>(a, row_step, unit_step, b, b_step, units, factors, out, out_step);
+    }
+}
+
+// The same of any number of rows and columns; rows are rounded up, to LOW or to HIGH, but not over a multiple of both.
 template <class M>
 inline void multiply(int64_t rows, int64_t columns, const typename M::Unit* a, int64_t row_step, int64_t unit_step,
                      const typename M::Unit* b, int64_t b_step, int64_t units, const float* factors, float* out,
                      int64_t out_step) {
     for (int64_t c = 0; c < columns; c += WIDE * LANES)
-        for (int64_t r = 0; r < rows; r += HIGH) {
+        for (int64_t r = 0, high; r < rows; r += high) {
+            high = rows - r > LOW ? M::HIGH : LOW;
             const auto* left = a + r * row_step;
             const float* factor = factors ? factors + r : nullptr;
             float* to = out + r * out_step + c;
-            switch (std::min<int64_t>(WIDE, (columns - c + LANES - 1) / LANES)) {
-                case 1: multiply<M, 1>(left, row_step, unit_step, b + c, b_step, units, factor, to, out_step); break;
-                case 2: multiply<M, 2>(left, row_step, unit_step, b + c, b_step, units, factor, to, out_step); break;
-                case 3: multiply<M, 3>(left, row_step, unit_step, b + c, b_step, units, factor, to, out_step); break;
-                default: multiply<M, WIDE>(left, row_step, unit_step, b + c, b_step, units, factor, to, out_step);
-            }
+            if (high == LOW) multiply<M, LOW>(columns - c, left, row_step, unit_step, b + c, b_step, units, factor, to, out_step);
+            else multiply<M, M::HIGH>(columns - c, left, row_step, unit_step, b + c, b_step, units, factor, to, out_step);
         }
 }
 
@@ -58,7 +67,8 @@ template <typename T, typename S>
 class Tile {
     using M = Math<T>;
     using Unit = typename M::Unit;
-    static constexpr int TOGETHER = M::TOGETHER;
+    static constexpr int TOGETHER = M::TOGETHER, KEYS = M::KEYS;
+    static_assert(ROWS % M::HIGH % LOW == 0 && KEYS % M::HIGH % LOW == 0);  // no rounding goes over them
 
     const Call<T, S>& call;
     const int64_t depth, columns;  // units of a key; numbers of a row of the sums

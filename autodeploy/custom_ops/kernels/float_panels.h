@@ -6,7 +6,21 @@
 
 constexpr int LINE_VECTORS = WIDTH / LANES;  // vectors of floats to a line of a panel
 constexpr int FLOAT_DEPTH = 32;              // words of a panel that are written down as floats at a time: 16 KB
+constexpr int FLOAT_PART = 2 * FLOAT_DEPTH;  // columns of x to such a part
 constexpr int FLOAT_GROUPS = 3;              // of rows, from which on that is worth it
+
+// x as floats. Of many rows a part of all lies together: what a part of a panel is multiplied by is then one stream, and few pages.
+struct FloatRows {
+    const float* data;
+    int64_t row_step, part_step;
+
+    int64_t place(int64_t row, int64_t column) const { return row * row_step + column / FLOAT_PART * part_step + column % FLOAT_PART; }
+};
+
+inline FloatRows float_rows(const float* data, int64_t M, int64_t K) {
+    if (M <= ROWS) return {data, K, FLOAT_PART};
+    return {data, FLOAT_PART, M * FLOAT_PART};
+}
 
 // How many vectors of a line have their sums in registers at once, for so many rows.
 constexpr int vectors_at_once(int rows) {
@@ -67,8 +81,8 @@ inline void write_floats(const char* panel, int64_t words, float* floats) {
         EACH(int c = 0; c < LINE_VECTORS; c++) store(floats + half * WIDTH + c * LANES, half_of(panel + c * 4 * LANES, half));
 }
 
-// sums [rows][64] += x [rows][2 * words] times a panel: `multiply_panel` of what the CPU has no products of.
-inline void multiply_float_panel(const float* x, int64_t stride, const char* panel, int64_t rows, int64_t words, float* sums) {
+// sums [rows][64] += rows of x, from `first` on, times a panel: `multiply_panel` of what the CPU has no products of.
+inline void multiply_float_panel(const FloatRows& x, int64_t first, const char* panel, int64_t rows, int64_t words, float* sums) {
     alignas(64) float floats[2 * FLOAT_DEPTH * WIDTH];
     const int64_t groups = (rows + ROWS - 1) / ROWS;
     const int64_t depth = groups == 1 && vectors_at_once(int(rows)) == LINE_VECTORS ? words : FLOAT_DEPTH;
@@ -78,12 +92,12 @@ inline void multiply_float_panel(const float* x, int64_t stride, const char* pan
         if (groups >= FLOAT_GROUPS) write_floats(from, part, floats);
         for (int64_t group = 0; group < groups; group++) {
             const int64_t top = rows * group / groups, count = rows * (group + 1) / groups - top;
-            const float* here = x + top * stride + 2 * word;
+            const float* here = x.data + x.place(first + top, 2 * word);
             const char* next = group < 2 ? from + AHEAD + group * part * (LINE / 2) : from;
             float* into = sums + top * WIDTH;
-            if (groups == 1) multiply_floats<1>(count, here, stride, from, part, into, next);
-            else if (groups < FLOAT_GROUPS) multiply_floats<2>(count, here, stride, from, part, into, next);
-            else multiply_floats<FLOAT_GROUPS>(count, here, stride, (const char*)floats, part, into, next);
+            if (groups == 1) multiply_floats<1>(count, here, x.row_step, from, part, into, next);
+            else if (groups < FLOAT_GROUPS) multiply_floats<2>(count, here, x.row_step, from, part, into, next);
+            else multiply_floats<FLOAT_GROUPS>(count, here, x.row_step, (const char*)floats, part, into, next);
         }
     }
 }

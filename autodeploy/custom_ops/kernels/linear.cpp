@@ -28,7 +28,7 @@ EXPORT void autodeploy_pack_panels(const uint32_t* weight, uint32_t* packed, int
     });
 }
 
-inline void widen_row(const bf16* x, int64_t count, float* wide) {
+inline void widen_part(const bf16* x, int64_t count, float* wide) {
     int64_t k = 0;
     for (; k + LANES <= count; k += LANES) store(wide + k, load(x + k));
     for (; k < count; k++) wide[k] = widen(x[k]);
@@ -45,13 +45,17 @@ EXPORT void autodeploy_panel_rows(const int64_t* ids, const uint32_t* packed, ui
 }
 RECORDABLE(autodeploy_panel_rows)
 
-// x [M][K] times a weight in panels, plus bias [N] -> out [M][N]. wide [M][K] is room for x as floats, where the CPU multiplies nothing else.
+// x [M][K] times a weight in panels, plus bias [N] -> out [M][N]. wide is room for x as floats, with K rounded up to whole parts, where the
+// CPU multiplies nothing else.
 EXPORT void autodeploy_linear(const bf16* x, int64_t stride, float* wide, const bf16* packed, const bf16* bias, bf16* out, int64_t M,
                               int64_t N, int64_t K, int64_t threads) {
     in_team(threads, [&] {
 #if !defined(__AVX512BF16__)
+        const FloatRows floats = float_rows(wide, M, K);
         parallel(threads, M, [&](int64_t first, int64_t last) {
-            for (int64_t m = first; m < last; m++) widen_row(x + m * stride, K, wide + m * K);
+            for (int64_t m = first; m < last; m++)
+                for (int64_t k = 0; k < K; k += FLOAT_PART)
+                    widen_part(x + m * stride + k, std::min<int64_t>(FLOAT_PART, K - k), wide + floats.place(m, k));
         });
 #endif
         each_panel(threads, M, N, BLOCK, [&](int64_t panel, int64_t top, int64_t rows, int64_t blocks) {
@@ -61,7 +65,7 @@ EXPORT void autodeploy_linear(const bf16* x, int64_t stride, float* wide, const 
 #if defined(__AVX512BF16__)
             multiply_panel<BfloatDot>((const char*)(x + top * stride), 2 * stride, words, rows, K / 2, depth_of(M, blocks, K / 2), sums);
 #else
-            multiply_float_panel(wide + top * K, K, words, rows, K / 2, sums);
+            multiply_float_panel(floats, top, words, rows, K / 2, sums);
 #endif
             write_out(sums, bias, out + top * N, rows, N, panel);
         });
