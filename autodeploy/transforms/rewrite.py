@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from itertools import permutations
 from typing import Any
 
@@ -160,6 +161,11 @@ def erase_unused(*nodes: fx.Node) -> None:
         if not node.users and node.op == "call_function" and not node.is_impure() and node in node.graph._find_nodes_lookup_table:
             waiting += node.all_input_nodes
             node.graph.erase_node(node)
+
+
+def is_named(name: str, pattern: str) -> bool:
+    """Whether a user's pattern (* stands for anything) means a parameter, whose `.weight` may be left out."""
+    return fnmatch(name, pattern) or fnmatch(name.removesuffix(".weight"), pattern)
 
 
 def insert_parameter(program: Program, before: fx.Node, name: str, value: torch.Tensor) -> fx.Node:
