@@ -36,7 +36,7 @@ from autodeploy.executor.distributed_runner import DistributedRunner, RankOption
 from autodeploy.executor.engine import ADExecutor
 from autodeploy.executor.memory import free_memory
 from autodeploy.executor.model_runner import ModelRunner, Runner, limit_threads
-from autodeploy.executor.outputs import RequestHandle, RequestOutput
+from autodeploy.executor.outputs import RequestHandle, RequestOutput, raised
 from autodeploy.executor.pool_sizes import PoolSizes
 from autodeploy.executor.request import Detokenizer, Request
 from autodeploy.executor.sampler import Sampler
@@ -88,6 +88,8 @@ def compile_observed(args: LLMArgs, *observers: Observer, timeline: Timeline | N
         return _eager(args, timeline)
     if args.mesh.size > 1:
         _refuse_ranks(args)
+    else:
+        _refuse_missing_gpu(_device(args))
     if args.autotune:
         limit_threads(_device(args))  # what is timed runs on as many as what serves
     lowered = _lowered(args, timeline, *observers)
@@ -189,6 +191,15 @@ def _refuse_ranks(args: LLMArgs) -> None:
         )
 
 
+def _refuse_missing_gpu(device: str) -> None:
+    """Raises ConfigError for a GPU that is not there."""
+    kind, _, index = device.partition(":")
+    if kind == "cuda" and (count := torch.cuda.device_count()) <= int(index or 0):
+        raise ConfigError(
+            f"device='{device}': torch finds {count} GPUs here. Use device='cpu' or, where there is a GPU, a torch built for it."
+        )
+
+
 def _start_ranks(args: LLMArgs, lowered: Lowered, advance: Callable[[str], None]) -> DistributedRunner:
     """Every rank with its share of the weights, this one included."""
     if any(map(is_code, lowered.program.weights.recipes.values())):
@@ -252,7 +263,8 @@ class CompiledModel:
         self._is_shut_down = False
         self._lock = threading.Lock()
         self._ids = itertools.count()
-        self._num_pages()  # a pool that is too small is refused now
+        self._num_pages = self._count_pages()  # a pool that is too small is refused now
+        """Usable pages of a pool that keeps every token."""
 
     @property
     def program(self) -> Program:
@@ -277,12 +289,12 @@ class CompiledModel:
     @property
     def num_pool_tokens(self) -> int:
         """Tokens of running requests, prompts included, that the KV pool has room for."""
-        return self._num_pages() * self.args.kv_cache_config.page_size
+        return self._num_pages * self.args.kv_cache_config.page_size
 
     @property
     def pool_units(self) -> dict[str, int]:
         """Pages of each pool of caches and slots of the states, their scratch ones included."""
-        return self._pool_sizes().units(self._num_pages())
+        return self._pool_sizes().units(self._num_pages)
 
     def report(self) -> str:
         """Passes, providers, caches, weights, start-up time and the passes that are not autodeploy's own, as text."""
@@ -315,7 +327,7 @@ class CompiledModel:
         always raised.
         """
         if is_single(prompts):
-            return self.submit(token_ids(prompts), spread(sampling_params, 1)[0]).result()
+            return raised(outputs_of([self.submit(token_ids(prompts), spread(sampling_params, 1)[0])])[0])
         params = spread(sampling_params, len(prompts))
         parsed = [token_ids(prompt) for prompt in prompts]  # all, before one is queued
         return outputs_of([self.submit(ids, item) for ids, item in zip(parsed, params, strict=True)])
@@ -362,7 +374,7 @@ class CompiledModel:
 
     def _make_executor(self) -> ADExecutor:
         args, sizes = self.args, self._pool_sizes()
-        units = sizes.units(self._num_pages())
+        units = sizes.units(self._num_pages)
         with self.timeline.phase("allocate KV pool"):
             self.runner.allocate(units, sizes.page_size)
         sampler, launcher = Sampler(self.facts.vocab_size, args.seed), None
@@ -403,20 +415,32 @@ class CompiledModel:
         shares = self.runner.stage_caches if isinstance(self.runner, DistributedRunner) else [specs]
         return PoolSizes(specs, args.max_batch_size, self.max_seq_len, args.kv_cache_config.page_size, max_step, shares)
 
-    def _num_pages(self) -> int:
-        """Usable pages of a pool that keeps every token."""
+    def _count_pages(self) -> int:
+        """What the limits allow with the memory that is free now."""
         config = self.args.kv_cache_config
-        max_bytes = config.max_bytes or int(config.free_memory_fraction * self._free_memory())
-        return self._pool_sizes().num_pages(config.max_tokens, max_bytes)
+        limits = [config.max_bytes] if config.max_bytes is not None else []
+        if not limits or "free_memory_fraction" in config.model_fields_set:
+            limits.append(int(config.free_memory_fraction * self._free_memory()))
+        return self._pool_sizes().num_pages(config.max_tokens, min(limits))
 
     def _free_memory(self) -> int:
         """Bytes that each rank may still allocate."""
         return self.runner.free_bytes if isinstance(self.runner, DistributedRunner) else free_memory(_device(self.args))
 
 
-def outputs_of(handles: Iterable[RequestHandle]) -> list[RequestOutput]:
-    """The final outputs, those that failed included. Raises EngineDeadError when it is not requests that failed."""
-    outputs = [handle.output() for handle in handles]
+def outputs_of(
+    handles: Sequence[RequestHandle], waiting: Callable[[Iterable[RequestHandle]], Iterable[RequestHandle]] = iter
+) -> list[RequestOutput]:
+    """The final outputs, those that failed included. Raises EngineDeadError when it is not requests that failed.
+
+    waiting: goes through the handles, to show how far they are. Whoever stops waiting (Ctrl-C) wants none of them any more.
+    """
+    try:
+        outputs = [handle.output() for handle in waiting(handles)]
+    except BaseException:
+        for handle in handles:
+            handle.abort()
+        raise
     for output in outputs:
         if isinstance(output.error, EngineDeadError):
             raise output.error

@@ -25,7 +25,7 @@ from autodeploy.checkpoint import raw_config
 from autodeploy.config import LLMArgs, SamplingParams
 from autodeploy.errors import CheckpointError, ConfigError, RequestError
 from autodeploy.executor.detokenizer import IncrementalDetokenizer
-from autodeploy.executor.outputs import RequestHandle, RequestOutput
+from autodeploy.executor.outputs import RequestHandle, RequestOutput, raised
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 """Text, token ids, or {"prompt": text} / {"prompt_token_ids": ids}."""
@@ -83,13 +83,15 @@ class LLM:
         others go on; a single prompt raises, and so does the end of the engine. use_tqdm: a progress bar, where a terminal is.
         """
         if is_single(inputs):
-            return self.generate_async(inputs, spread(sampling_params, 1)[0]).result()
+            return raised(outputs_of([self.generate_async(inputs, spread(sampling_params, 1)[0])])[0])
         params = spread(sampling_params, len(inputs))
         parsed = [self._parse(prompt, item) for prompt, item in zip(inputs, params, strict=True)]  # all, before one is queued
         handles = [self._submit(*each, item, streaming=False) for each, item in zip(parsed, params, strict=True)]
         console = Console(stderr=True)
-        waited = track(handles, "generating", console=console, disable=not (use_tqdm and console.is_terminal), transient=True)
-        return outputs_of(waited)
+        shown = use_tqdm and console.is_terminal
+        return outputs_of(
+            handles, lambda handles: track(handles, "generating", console=console, disable=not shown, transient=True)
+        )
 
     def generate_async(
         self, inputs: Prompt, sampling_params: SamplingParams | None = None, streaming: bool = False
@@ -131,8 +133,6 @@ class LLM:
 
     def _parse(self, prompt: Any, params: SamplingParams) -> tuple[str | None, list[int]]:
         """Text, if there is any, and token ids. Raises RequestError for what is no prompt."""
-        if self.tokenizer is None and params.stop_strings:
-            raise RequestError("stop strings need a tokenizer, and skip_tokenizer_init=True; use stop_token_ids")
         if isinstance(prompt, Mapping):
             if len(prompt) != 1 or not prompt.keys() <= {"prompt", "prompt_token_ids"}:
                 raise RequestError(f"a prompt dict has either 'prompt' or 'prompt_token_ids', not {sorted(prompt)}")
@@ -144,6 +144,12 @@ class LLM:
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         if self.tokenizer is None:
             raise RequestError("a text prompt needs a tokenizer, and skip_tokenizer_init=True; give token ids")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise RequestError(
+                f"character {error.start} of the prompt is half of one (a lone surrogate); leave it out"
+            ) from error
         return self.tokenizer.encode(text, add_special_tokens=add_special_tokens, verbose=False)  # the scheduler judges length
 
 

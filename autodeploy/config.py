@@ -5,11 +5,12 @@ tables say which other spellings are understood (`_ALIASES`), which options come
 changes nothing (`_LATER`), and where an option known from other engines lives here (`_ELSEWHERE`).
 """
 
+import copy
 import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, cast, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self, cast, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -28,6 +29,8 @@ _DTYPE_ALIASES = {
 }
 
 
+LEAST_TEMPERATURE = 1e-5
+"""Logits that differ at all are told apart below, and a quotient by less may be no number."""
 SHARE_KINDS = ("replicate", "column", "row", "vocabulary", "expert", "part")
 
 
@@ -75,6 +78,11 @@ class _Options(BaseModel):
             raise self._explained(error) from None
         for name in self._LATER.keys() & type(self).model_fields.keys():
             self._refuse_later(name, getattr(self, name))
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """As a new one that is given the options of this one and the others: checked, and nothing known of this one is kept."""
+        given = {name: getattr(self, name) for name in self.model_fields_set}
+        return type(self)(**{**(copy.deepcopy(given) if deep else given), **(update or {})})
 
     @classmethod
     def _canonical(cls, options: dict[str, Any]) -> dict[str, Any]:
@@ -128,9 +136,9 @@ class SamplingParams(_Options):
     """How the tokens of one request are chosen and when it stops.
 
     `SamplingParams()` is **greedy**: the most likely token is taken at each step, nothing is drawn. The rule: greedy when
-    `temperature=0`, or `top_k=1`, or none of `temperature`, `top_k`, `top_p` and `min_p` is given; otherwise tokens are
-    drawn, at temperature 1.0 unless one is given. Nothing is read from the model's generation_config.json except its
-    end-of-sequence ids.
+    `temperature` is 0 (or below 1e-5), or `top_k=1`, or none of `temperature`, `top_k`, `top_p` and `min_p` is given; otherwise
+    tokens are drawn, at temperature 1.0 unless one is given. Nothing is read from the model's generation_config.json except
+    its end-of-sequence ids.
 
     The order is: penalties, temperature, top_k, top_p, min_p. Raises `ConfigError`.
     """
@@ -178,7 +186,9 @@ class SamplingParams(_Options):
     )
     seed: int | None = Field(default=None, ge=0, lt=2**63, description="the seed of this request's draws, in [0, 2**63), or None")
     stop: str | Sequence[str] | None = Field(default=(), description="a non-empty string, or several, at which the text ends")
-    stop_token_ids: Sequence[int] | None = Field(default=(), description="the token ids at which the request ends")
+    stop_token_ids: Sequence[Annotated[int, Field(ge=0)]] | None = Field(
+        default=(), description="the token ids at which the request ends, 0 or more"
+    )
     include_stop_str_in_output: bool = Field(default=False, description="whether the text keeps what stopped it")
     ignore_eos: bool = Field(default=False, description="whether to go on after an end-of-sequence token")
     skip_special_tokens: bool = Field(default=True, description="whether special tokens are left out of the text")
@@ -216,7 +226,7 @@ class SamplingParams(_Options):
     @cached_property
     def greedy(self) -> bool:
         """Whether the most likely token is taken instead of drawing one."""
-        if self.temperature == 0 or self.top_k == 1:
+        if self.top_k == 1 or (self.temperature is not None and self.temperature < LEAST_TEMPERATURE):
             return True
         return self.temperature is None and self.top_k is None and self.top_p is None and self.min_p is None
 

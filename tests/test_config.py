@@ -50,12 +50,28 @@ def test_config_needs_no_torch() -> None:
         ({"top_k": -1}, False),
         ({"top_p": 1.0}, False),
         ({"min_p": 0.1}, False),
+        ({"temperature": 1e-6, "min_p": 0.1}, True),
+        ({"temperature": 1e-4}, False),
         ({"seed": 3}, True),
         ({"repetition_penalty": 1.2}, True),
     ],
 )
 def test_greedy_rule(options: dict[str, Any], greedy: bool) -> None:
     assert SamplingParams(**options).greedy is greedy
+
+
+def test_a_copy_is_judged_by_its_own_options() -> None:
+    params = SamplingParams(max_tokens=5)
+    assert params.greedy and params.is_plain_argmax and not params.stop_ids
+    changed = params.model_copy(update={"temperature": 1.0, "stop_token_ids": [3]})
+    assert not changed.greedy and not changed.is_plain_argmax and changed.stop_ids == {3}
+    assert changed.max_tokens == 5 and changed.model_fields_set == {"max_tokens", "temperature", "stop_token_ids"}
+    with pytest.raises(ConfigError, match="top_p=2"):
+        params.model_copy(update={"top_p": 2})
+
+
+def test_token_ids_below_0_are_none() -> None:
+    assert "stop_token_ids=-1 is refused" in refusal(SamplingParams, stop_token_ids=[3, -1])
 
 
 def test_plain_argmax_needs_neither_penalties_nor_bans() -> None:

@@ -13,7 +13,18 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import autodeploy
-from autodeploy import LLM, CheckpointError, ConfigError, EngineDeadError, RequestError, RequestOutput, SamplingParams
+from autodeploy import (
+    LLM,
+    CheckpointError,
+    ConfigError,
+    EngineDeadError,
+    ExecutionError,
+    RequestError,
+    RequestOutput,
+    SamplingParams,
+    _compile,
+)
+from autodeploy.executor.outputs import RequestHandle
 from tests.models.families import make_model
 
 DEMO = Path(autodeploy.__file__).parent / "demo_model"
@@ -390,6 +401,87 @@ def test_skip_tokenizer_init_serves_token_ids_and_refuses_text(eager_demo: Any, 
             llm.generate(ids, SamplingParams(stop="x"))
         with pytest.raises(ConfigError, match=r"chat needs a tokenizer.*Use generate"):
             llm.chat([{"role": "user", "content": "x"}])
+
+
+# What a request asks for ends none but itself
+
+
+@pytest.mark.parametrize(
+    "extreme", [{"temperature": 1e-50}, {"temperature": 1e-50, "top_p": 0.5}, {"top_p": 1e-300}, {"top_p": 1e-300, "top_k": 5}]
+)
+def test_the_smallest_numbers_leave_the_most_likely_token(demo: LLM, extreme: dict[str, float]) -> None:
+    assert demo.generate(QUESTIONS[0], SamplingParams(**extreme)).outputs[0].text == "579"
+
+
+class Picky:
+    """A tokenizer that cannot turn one id into text, as some cannot where a head is padded."""
+
+    def __init__(self, tokenizer: Any, unknown: int) -> None:
+        self._tokenizer, self._unknown = tokenizer, unknown
+
+    def __len__(self) -> int:
+        return len(self._tokenizer)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+    def decode(self, token_ids: list[int], **options: Any) -> str:
+        if self._unknown in token_ids:
+            raise IndexError("piece id is out of range")
+        return self._tokenizer.decode(token_ids, **options)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_tokenizer_that_fails_ends_its_own_request_alone(scripted: LLM, scripted_folder: Path, streaming: bool) -> None:
+    fails = SamplingParams(max_tokens=60, ignore_eos=True)
+    goes_on = SamplingParams(max_tokens=60, ignore_eos=True, detokenize=False)
+    with LLM(scripted_folder, tokenizer=Picky(scripted.tokenizer, token_of(scripted, "!"))) as llm:
+        other = llm.generate_async("?", goes_on)
+        with pytest.raises(ExecutionError, match=r"tokenizer failed .* IndexError: piece id .*\. Use detokenize=False"):
+            list(llm.generate_async("?", fails, streaming=streaming))
+        assert other.result(timeout=60).outputs[0].token_ids == ask(scripted, max_tokens=60, ignore_eos=True).token_ids
+        assert ask(llm, max_tokens=3).text == SCRIPT[:2]  # one of them has two tokens
+        assert_no_pages_held(llm)
+
+
+def test_who_stops_waiting_wants_no_answer_any_more(scripted: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    waited = list[RequestHandle]()
+
+    def interrupted(handle: RequestHandle, timeout: float | None = None) -> None:
+        waited.append(handle)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(RequestHandle, "output", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        scripted.generate("?", SamplingParams(max_tokens=400, ignore_eos=True))
+    monkeypatch.undo()
+    assert waited[0].result(timeout=60).outputs[0].finish_reason == "abort"
+
+
+def test_half_a_character_is_refused_by_its_place(demo: LLM) -> None:
+    with pytest.raises(RequestError, match="character 1 of the prompt is half of one"):
+        demo.generate("a\ud800")
+
+
+def test_stop_strings_without_a_tokenizer_are_refused_by_a_compiled_model_too(demo: LLM) -> None:
+    with pytest.raises(RequestError, match="stop strings need a tokenizer"):
+        demo.compiled.generate([5, 6], SamplingParams(stop="7"))
+
+
+def test_the_size_of_the_pool_stays_what_it_was_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = [8_000_000]
+    monkeypatch.setattr(_compile, "free_memory", lambda device: free[0])
+    config = {"max_bytes": 4_000_000, "free_memory_fraction": 0.25}
+    with LLM(DEMO, kv_cache_config=config) as llm, LLM(DEMO, kv_cache_config={"max_bytes": 2_000_000}) as other:
+        free[0] = 4_000_000
+        llm.generate("1+1=")
+        assert llm.compiled.num_pool_tokens == other.compiled.num_pool_tokens == llm.compiled.executor.scheduler.kv.num_tokens
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+def test_a_gpu_that_is_not_there_is_refused(eager_demo: Any) -> None:
+    with pytest.raises(ConfigError, match=r"device='cuda:1': torch finds 0 GPUs here\. Use device='cpu'"):
+        autodeploy.compile(eager_demo, device="cuda:1")
 
 
 # The reference backend

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from fnmatch import fnmatch
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from autodeploy.errors import UnsupportedModelError, did_you_mean
-from autodeploy.formats import Format
+from autodeploy.formats import SCHEMES, Format
 from autodeploy.recipes import Cast, Dequantize, Permute, Recipe, Take
 
 TURNED = (0, 2, 1)
 LEFT_OUT = ("modules_to_not_convert", "ignore", "exclude_modules", "llm_int8_skip_modules")
 """Settings that list what stays dense."""
 Settings = Mapping[str, Any]
+T = TypeVar("T")
 
 
 def expected_recipes(settings: Settings, skeleton: Any) -> dict[str, Recipe]:
@@ -25,21 +27,26 @@ def expected_recipes(settings: Settings, skeleton: Any) -> dict[str, Recipe]:
 
     The head, and what the settings leave out, is dense. Raises UnsupportedModelError for a format that is not read.
     """
-    method = str(settings.get("quant_method"))
-    if method not in FORMATS:
-        raise UnsupportedModelError(
-            f"config.json: quant_method '{method}' is not read.{did_you_mean(method, FORMATS)} Known: {', '.join(FORMATS)}. "
-            "Give the config.json of the unquantized checkpoint."
-        )
+    format_of = method_in(FORMATS, settings, "config.json", "Give the config.json of the unquantized checkpoint.")
+    is_turned = settings["quant_method"] == "mxfp4"  # gpt-oss; the model has inputs before outputs there
     made = dict[str, Recipe]()
     for name, tensor, is_expert in _matrices(skeleton, settings):
-        if method == "mxfp4" and not is_expert:
-            continue  # gpt-oss; the model has inputs before outputs there
-        shape = tuple(tensor.shape[dim] for dim in TURNED) if method == "mxfp4" else tuple(tensor.shape)
-        if (form := FORMATS[method](settings, name.removesuffix(".weight"), shape)) is not None:
+        if is_turned and not is_expert:
+            continue
+        shape = tuple(tensor.shape[dim] for dim in TURNED) if is_turned else tuple(tensor.shape)
+        if (form := format_of(settings, name.removesuffix(".weight"), shape)) is not None:
             stored: Recipe = Dequantize(tuple(Take(f"{name}.{part}") for part in form.parts), form, shape)
-            made[name] = Cast(Permute(stored, TURNED) if method == "mxfp4" else stored, tensor.dtype)
+            made[name] = Cast(Permute(stored, TURNED) if is_turned else stored, tensor.dtype)
     return made
+
+
+def method_in(known: Mapping[str, T], settings: Settings, where: object, remedy: str) -> T:
+    """What belongs to the settings' method. Raises UnsupportedModelError for one that is not known."""
+    method = str(settings.get("quant_method"))
+    if method not in known:
+        reason = f"quant_method '{method}' is not read.{did_you_mean(method, known)} Known: {', '.join(known)}."
+        raise UnsupportedModelError(f"{where}: {reason} {remedy}")
+    return known[method]
 
 
 def _matrices(skeleton: Any, settings: Settings) -> Iterator[tuple[str, torch.Tensor, bool]]:
@@ -111,9 +118,8 @@ def _compressed_tensors(settings: Settings, module: str, shape: tuple[int, ...])
 
 
 def _half_floats(name: str, factor: str) -> Format:
-    return Format(
-        name, "e2m1", ("codes", "scales", *((factor,) if name == "nvfp4" else ())), (1, 32 if name == "mxfp4" else 16), 4
-    )
+    form = SCHEMES[name]
+    return replace(form, parts=tuple(factor if part == "factor" else part for part in form.parts))
 
 
 def _modelopt(settings: Settings, module: str, shape: tuple[int, ...]) -> Format | None:

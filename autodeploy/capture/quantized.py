@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from autodeploy.capture.expected_formats import method_in
 from autodeploy.checkpoint import MODELOPT_FILE, CheckpointSource, read_json
-from autodeploy.errors import CheckpointError, UnsupportedModelError, did_you_mean
-from autodeploy.formats import Format
+from autodeploy.errors import CheckpointError, UnsupportedModelError
+from autodeploy.formats import SCHEMES, Format
 from autodeploy.recipes import Dequantize, Leaf, Permute, Recipe, Take, evaluate
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -67,14 +68,9 @@ def dense_view(raw: Mapping[str, Any], source: CheckpointSource) -> DenseView:
     settings, view = quantization_settings(raw, source.folder), DenseView(source)
     if settings is None:
         return view
-    method = str(settings.get("quant_method"))
-    if method not in READERS:
-        raise UnsupportedModelError(
-            f"{source.folder}: quant_method '{method}' is not read.{did_you_mean(method, READERS)} Known: {', '.join(READERS)}. "
-            "Use the unquantized checkpoint."
-        )
+    read = method_in(READERS, settings, source.folder, "Use the unquantized checkpoint.")
     view.hidden |= {name for name in source.names() if NOT_WEIGHTS.search(name)}
-    READERS[method](_Reader(view, settings))
+    read(_Reader(view, settings))
     _refuse_codes_without_scales(view)
     return view
 
@@ -87,6 +83,12 @@ def quantization_settings(raw: Mapping[str, Any], folder: Path) -> dict[str, Any
     if not path.exists():
         return None
     return {"quant_method": "modelopt", **read_json(path).get("quantization", {})}
+
+
+def _half_floats(name: str) -> dict[str, Any]:
+    """What a format is made of, without its parts: 4-bit floats, two to a byte."""
+    form = SCHEMES[name]
+    return {"name": name, "layout": form.layout, "block": form.block, "bits": form.bits}
 
 
 def _refuse_codes_without_scales(view: DenseView) -> None:
@@ -196,10 +198,10 @@ def _modelopt_matrix(reader: _Reader, prefix: str, algorithm: str, group: int | 
         case "MXFP8":
             shape, form = (rows, columns), {"name": "mxfp8", "layout": "plain", "block": (1, 32)}
         case "NVFP4" | "NVFP4_AWQ" | "W4A16_NVFP4" | "W4A8_NVFP4_FP8":
-            shape, form = (rows, 2 * columns), {"name": "nvfp4", "layout": "e2m1", "block": (1, 16), "bits": 4}
+            shape, form = (rows, 2 * columns), _half_floats("nvfp4")
             more["factor"] = f"{prefix}.weight_scale_2"
         case "MXFP4" | "W4A8_MXFP4_FP8":
-            shape, form = (rows, 2 * columns), {"name": "mxfp4", "layout": "e2m1", "block": (1, 32), "bits": 4}
+            shape, form = (rows, 2 * columns), _half_floats("mxfp4")
         case "W4A16_AWQ" | "W4A8_AWQ":  # the second scale of W4A8 says how its kernel rounds what these stand for to fp8
             reader.view.hidden.add(f"{prefix}.weight_scale_2")
             shape = (2 * rows, columns)
@@ -255,11 +257,10 @@ def _packed_matrix(reader: _Reader, prefix: str) -> None:
     if reader.dtype(packed) == torch.uint8:
         rows, half = reader.shape(packed)
         shape, more = (rows, 2 * half), dict[str, str]()
-        name, size = ("mxfp4", 32) if reader.dtype(scales) == torch.uint8 else ("nvfp4", 16)
+        name = "mxfp4" if reader.dtype(scales) == torch.uint8 else "nvfp4"
         if name == "nvfp4":
             more["divisor"] = f"{prefix}.weight_global_scale"
-        form = {"name": name, "layout": "e2m1", "block": (1, size), "bits": 4}
-        reader.add(f"{prefix}.weight", form, shape, codes=packed, scales=scales, **more)
+        reader.add(f"{prefix}.weight", _half_floats(name), shape, codes=packed, scales=scales, **more)
         return
     rows, columns = (int(size) for size in reader.value(f"{prefix}.weight_shape").tolist())
     weights = _weights_of(reader, prefix)
@@ -356,7 +357,7 @@ def _bitsandbytes(reader: _Reader) -> None:
 def _mxfp4(reader: _Reader) -> None:
     for name in reader.prefixes("_blocks"):
         experts, rows, groups, half = reader.shape(f"{name}_blocks")
-        form = {"name": "mxfp4", "layout": "e2m1", "block": (1, 2 * half), "bits": 4}
+        form = _half_floats("mxfp4") | {"block": (1, 2 * half)}
         stored = reader.add(name, form, (experts, rows, 2 * half * groups), codes=f"{name}_blocks", scales=f"{name}_scales")
         reader.view.recipes[name] = Permute(stored, (0, 2, 1))  # the model has inputs before outputs
 

@@ -186,8 +186,10 @@ class ADExecutor:
         tokens = self.sampler.largest(logits)
         if tokens is None or not run.take(tokens):
             self._end_run()
-            batch = self.scheduler.schedule()  # the same requests: each has its page
-            self._finish_step(batch, [WantedRows(entry, i, i + 1) for i, entry in enumerate(batch.requests)], logits)
+            batch = self.scheduler.schedule()  # the same requests, but for those that failed: each has its page
+            places = {request: i for i, request in enumerate(run.requests)}
+            rows = [WantedRows(entry, i, i + 1) for entry in batch.requests for i in (places[entry.request],)]
+            self._finish_step(batch, rows, logits)
         return True
 
     def _launch(self, launcher: CudaGraphRunner, run: DecodeRun, metadata: BatchMetadata) -> None:
@@ -210,6 +212,9 @@ class ADExecutor:
         if run is None:
             return
         run.hand_over()
+        for request in run.requests:
+            if request.finish_reason is not None:  # its tokenizer has failed
+                self._finish(request, request.finish_reason)
         try:
             for step in run.under_way:
                 for request, found in zip(run.requests, step.found, strict=True):

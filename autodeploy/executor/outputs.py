@@ -108,14 +108,14 @@ class RequestHandle:
 
     def result(self, timeout: float | None = None) -> RequestOutput:
         """The final output; raises the request's error, or TimeoutError."""
-        return _raised(self.output(timeout))
+        return raised(self.output(timeout))
 
     def __iter__(self) -> Iterator[RequestOutput]:
         for i in itertools.count():
             with self._condition:
                 self._condition.wait_for(functools.partial(self._has, i))
                 item = self._output(i)
-            yield _raised(item)
+            yield raised(item)
             if item.finished:
                 return
 
@@ -138,7 +138,7 @@ class RequestHandle:
                     changed.clear()
                 with self._condition:
                     item = self._output(i)
-                yield _raised(item)
+                yield raised(item)
                 if item.finished:
                     return
         finally:
@@ -153,7 +153,8 @@ class RequestHandle:
         return self.aresult().__await__()
 
 
-def _raised(output: RequestOutput) -> RequestOutput:
+def raised(output: RequestOutput) -> RequestOutput:
+    """The output of a request that did not fail; raises the error of one that did."""
     if output.error is not None:
         raise output.error
     return output

@@ -1,11 +1,13 @@
 """One request while it is being served: its tokens, its progress, and the rules by which it stops."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import partial
 from typing import Protocol
 
 from autodeploy.config import SamplingParams
+from autodeploy.errors import ExecutionError
 
 
 class FinishReason(StrEnum):
@@ -145,7 +147,7 @@ class Request:
         """Add sampled tokens that meet no stop rule; the request has no stop strings."""
         self.output_token_ids += token_ids
         if self.detokenizer is not None:
-            self.text += self.detokenizer.append(token_ids)
+            self.text += self._piece(partial(self.detokenizer.append, token_ids))
 
     def finish(self, reason: FinishReason, stop_reason: int | str | None = None, error: Exception | None = None) -> None:
         """End the request and release the text held back; only the first call counts.
@@ -154,11 +156,13 @@ class Request:
         """
         if self.is_finished:
             return
-        self.status = RequestStatus.FINISHED
         if self.detokenizer is not None and not isinstance(stop_reason, str):  # the text ends at a stop string
-            stop = self._release(self.detokenizer.finish(), is_last=True)
+            stop = self._release(self._piece(self.detokenizer.finish), is_last=True)
             if stop is not None and reason is FinishReason.LENGTH:
                 reason, stop_reason = FinishReason.STOP, stop
+        if self.is_finished:  # the tokenizer has failed
+            return
+        self.status = RequestStatus.FINISHED
         self.finish_reason, self.stop_reason, self.error = reason, stop_reason, error
 
     def _stop_at(self, token_id: int) -> None:
@@ -171,9 +175,23 @@ class Request:
     def _add_text(self, token_id: int) -> None:
         """Extend the text by one token and finish at a stop string."""
         if self.detokenizer is not None:
-            stop = self._release(self.detokenizer.append([token_id]))
+            stop = self._release(self._piece(partial(self.detokenizer.append, [token_id])))
             if stop is not None:
                 self.finish(FinishReason.STOP, stop)
+
+    def _piece(self, detokenize: Callable[[], str]) -> str:
+        """Text of the detokenizer. One that fails, such as a tokenizer that does not know an id, ends this request alone."""
+        try:
+            return detokenize()
+        except Exception as error:
+            self.detokenizer = None
+            failed = ExecutionError(
+                f"request {self.request_id}: its tokenizer failed on {len(self.output_token_ids)} output tokens: "
+                f"{type(error).__name__}: {error}. Use detokenize=False, or the model's own tokenizer."
+            )
+            failed.__cause__ = error
+            self.finish(FinishReason.ERROR, error=failed)
+            return ""
 
     def _release(self, piece: str, *, is_last: bool = False) -> str | None:
         """Make text final up to a stop string, which is returned, or else up to what may become one."""

@@ -14,6 +14,8 @@ from autodeploy.errors import ExecutionError
 from autodeploy.executor.request import Request
 
 COLUMNS = 512
+LEAST_TOP_P = 1e-6
+"""Less keeps the most likely token alone, as this does; some of it is no number of 32 bits."""
 
 
 class _History:
@@ -147,7 +149,7 @@ def _draws_plainly(request: Request) -> bool:
 def _settings(params: SamplingParams) -> tuple[float, int, float, float]:
     """temperature, top_k, top_p and min_p as numbers, those that take nothing away where none is given."""
     temperature = 1.0 if params.temperature is None else params.temperature
-    return temperature, params.top_k or 0, 1.0 if params.top_p is None else params.top_p, params.min_p or 0.0
+    return temperature, params.top_k or 0, 1.0 if params.top_p is None else max(params.top_p, LEAST_TOP_P), params.min_p or 0.0
 
 
 def distribution(scores: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
@@ -155,24 +157,22 @@ def distribution(scores: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor
 
     `scores` is [vocab] float32 with a finite maximum. All tokens that tie with the last of the top k are kept.
     """
-    temperature = 1.0 if params.temperature is None else params.temperature
+    temperature, top_k, top_p, min_p = _settings(params)
     scores = (scores - scores.max()) / temperature
-    if params.top_k is not None and 0 < params.top_k < len(scores):
-        tokens = _largest(scores, params.top_k)
+    if 0 < top_k < len(scores):
+        tokens = _largest(scores, top_k)
         probabilities = scores[tokens].softmax(dim=-1)
     else:
         tokens = torch.arange(len(scores), device=scores.device)
         probabilities = scores.softmax(dim=-1)
-    if params.top_p is not None and params.top_p < 1.0:
-        likely = at_least(
-            probabilities, (1.0 - params.top_p) / len(probabilities)
-        )  # all others together weigh less than 1 - top_p
+    if top_p < 1.0:
+        likely = at_least(probabilities, (1.0 - top_p) / len(probabilities))  # all others together weigh less than 1 - top_p
         probabilities, order = probabilities[likely].sort(descending=True, stable=True)
         mass_before = probabilities.cumsum(dim=-1) - probabilities
-        num_kept = int((mass_before < params.top_p).sum())
+        num_kept = int((mass_before < top_p).sum())
         tokens, probabilities = tokens[likely[order[:num_kept]]], probabilities[:num_kept]
-    if params.min_p:
-        kept = at_least(probabilities, float(params.min_p * probabilities.max()))
+    if min_p:
+        kept = at_least(probabilities, float(min_p * probabilities.max()))
         tokens, probabilities = tokens[kept], probabilities[kept]
     return tokens, probabilities / probabilities.sum()
 

@@ -246,6 +246,8 @@ class Scheduler:
         num_prompt, num_new = request.num_prompt_tokens, request.max_new_tokens
         if num_prompt == 0:
             raise RequestError("The prompt is empty. Give at least one token.")
+        if request.sampling_params.stop_strings and request.detokenizer is None:
+            raise RequestError("stop strings need a tokenizer, and this request has none; use stop_token_ids.")
         if num_prompt + num_new > self.max_seq_len:
             raise RequestError(
                 f"The prompt has {num_prompt} tokens and up to {num_new} are to be generated, but max_seq_len is "

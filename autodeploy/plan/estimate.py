@@ -37,12 +37,11 @@ class Estimate:
 
 def one_after_the_other(parts: Sequence[Estimate]) -> Estimate:
     """Of the same tokens through several programs."""
-    flop = {dtype: sum(part.flop.get(dtype, 0.0) for part in parts) for dtype in {each for part in parts for each in part.flop}}
     return Estimate(
         requests=parts[0].requests,
         tokens=parts[0].tokens,
         read_bytes=sum(part.read_bytes for part in parts),
-        flop=flop,
+        flop=_together([part.flop for part in parts]),
         read_seconds=sum(part.read_seconds for part in parts),
         flop_seconds=sum(part.flop_seconds for part in parts),
         collective_seconds=sum(part.collective_seconds for part in parts),
@@ -59,9 +58,13 @@ def estimate(steps: Sequence[Step], works: Sequence[Work], device: Device, num_r
         for work in works
         for (op, num_bytes), count in work.collectives.items()
     ]
-    flop = {dtype: sum(work.flop[dtype] for work in works) for dtype in {each for work in works for each in work.flop}}
-    tokens = sum(step.requests * step.tokens for step in steps)
+    flop, tokens = _together([work.flop for work in works]), sum(step.requests * step.tokens for step in steps)
     return Estimate(steps[0].requests, tokens, sum(read), flop, sum(read) / device.read_rate, sum(rates), sum(sent), fits)
+
+
+def _together(counts: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Operations by element type; in a fixed order, so that a plan written twice is the same."""
+    return {dtype: sum(each.get(dtype, 0) for each in counts) for dtype in sorted({dtype for each in counts for dtype in each})}
 
 
 def collective_seconds(op: str, num_bytes: float, num_ranks: int, device: Device) -> float:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from autodeploy.plan.estimate import Estimate
@@ -18,7 +18,8 @@ SHOWN_GROUPS = 12
 
 def weight_table(plan: Plan) -> Table:
     """The shard plan: the largest groups of parameters, and how each is divided."""
-    table = Table("parameters", "number", "shape", "stored as", "divided", "bytes", title="weights of a rank")
+    names = Column("parameters", overflow="fold")  # a name that is cut short says nothing
+    table = Table(names, "number", "shape", "stored as", "divided", "bytes", title="weights of a rank")
     for group in plan.groups[:SHOWN_GROUPS]:
         shape = ", ".join(map(str, group.shape))
         table.add_row(Text(group.name), str(group.count), Text(f"[{shape}]"), group.stored, group.cut, amount(group.num_bytes))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from fnmatch import fnmatch
 from types import MappingProxyType
 from typing import Any
 
@@ -17,7 +16,7 @@ from autodeploy.recipes import Ranges
 from autodeploy.specs import Mesh
 from autodeploy.transforms.layouts import WHOLE, Demand, Layout, Site, Unshardable, extent, plain, without_whole
 from autodeploy.transforms.ranges import Unaligned, clipped, even, followed_by, is_partition, once, shifted
-from autodeploy.transforms.rewrite import arguments, aten, val
+from autodeploy.transforms.rewrite import arguments, aten, is_named, val
 from autodeploy.transforms.shard_layers import Experts, Headed
 from autodeploy.transforms.shard_plan import ShardPlan
 from autodeploy.transforms.shard_rules import Linear, Pointwise, RMSNorm, is_core, rule_of
@@ -59,16 +58,12 @@ def plan_sharding(program: Program, mesh: Mesh, rules: Mapping[str, str] = Mappi
 def _told(plan: ShardPlan, rules: Mapping[str, str]) -> Iterator[tuple[str, str]]:
     """(parameter, the kind of the first rule for it), where there is one. Raises ConfigError for a rule that is for none."""
     for pattern in rules:
-        if not any(_fits(name, pattern) for name in plan.parameters):
+        if not any(is_named(name, pattern) for name in plan.parameters):
             near = did_you_mean(pattern, list(plan.parameters))
             raise ConfigError(f"shard_plan: no parameter is called '{pattern}'.{near} `autodeploy plan` shows their names.")
     for name in plan.parameters:
-        if (kind := next((kind for pattern, kind in rules.items() if _fits(name, pattern)), None)) is not None:
+        if (kind := next((kind for pattern, kind in rules.items() if is_named(name, pattern)), None)) is not None:
             yield name, kind
-
-
-def _fits(name: str, pattern: str) -> bool:
-    return fnmatch(name, pattern) or fnmatch(name.removesuffix(".weight"), pattern)
 
 
 def _refuse_other_kinds(plan: ShardPlan, rules: Mapping[str, str]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from fnmatch import fnmatch
 from typing import Any, ClassVar
 
 from torch import fx
@@ -17,7 +16,7 @@ from autodeploy.recipes import Permute, Recipe
 from autodeploy.recipes import Quantize as Quantized
 from autodeploy.specs import Target
 from autodeploy.transforms.base import Effect, Transform
-from autodeploy.transforms.rewrite import arguments, aten, calls
+from autodeploy.transforms.rewrite import arguments, aten, calls, is_named
 
 TRANSPOSED = (0, 2, 1)
 
@@ -77,7 +76,7 @@ class QuantizeWeights(Transform):
 
     def _parameter(self, argument: Any, form: Format, is_transposed: bool) -> Iterator[tuple[str, Format, bool]]:
         name = str(argument.target)
-        if argument.op == "get_attr" and not any(fnmatch(name.removesuffix(".weight"), pattern) for pattern in self.exclude):
+        if argument.op == "get_attr" and not any(is_named(name, pattern) for pattern in self.exclude):
             yield name, form, is_transposed
 
     def _format(self) -> Format:

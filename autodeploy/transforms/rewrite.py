@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from itertools import permutations
 from typing import Any
 
@@ -60,16 +61,46 @@ def fake_mode(program: Program) -> FakeTensorMode:
     return next(iter(program.graph.graph.nodes)).meta["val"].fake_mode
 
 
-def derived_value(program: Program, node: fx.Node) -> Any:
-    """A call node's value, from its arguments' values."""
+def derived_value(program: Program, node: fx.Node, known: dict[Any, Any] | None = None) -> Any:
+    """A call node's value, from its arguments' values.
+
+    known: the values of calls that came before, for passes that derive many: the calls of a layer are those of the next one, and
+    equal calls on values of the same kind are derived once.
+    """
+    call = None if known is None else (node.target, _seen(node.args), _seen(tuple(node.kwargs.items())))
+    if known is not None and call in known:
+        return known[call]
     args, kwargs = fx.map_arg((node.args, node.kwargs), val)  # pyright: ignore
     with fake_mode(program), enable_python_dispatcher(), torch.no_grad():  # some shape rules need it for symbolic sizes
-        return symbolic(node.target)(*args, **kwargs)
+        value = symbolic(node.target)(*args, **kwargs)
+    if known is not None:
+        known[call] = value
+    return value
 
 
-def evaluate_node(program: Program, node: fx.Node) -> None:
+def _seen(argument: Any) -> Any:
+    """What a call sees of an argument, to find an equal call by: kinds of nodes; constants as text, so that 1 is not 1.0."""
+    if isinstance(argument, fx.Node):
+        return kind_of(argument.meta["val"])
+    return tuple(map(_seen, argument)) if isinstance(argument, list | tuple) else repr(argument)
+
+
+def kind_of(value: Any) -> Any:
+    """What another call can see of a value: dtype, shape, layout."""
+    if isinstance(value, list | tuple):
+        return tuple(map(kind_of, value))
+    if isinstance(value, torch.Tensor):
+        return value.dtype, *map(_expression, (*value.shape, *value.stride()))
+    return _expression(value)
+
+
+def _expression(size: Any) -> Any:
+    return size.node.expr if isinstance(size, torch.SymInt | torch.SymFloat | torch.SymBool) else size
+
+
+def evaluate_node(program: Program, node: fx.Node, known: dict[Any, Any] | None = None) -> None:
     """Note a call node's value."""
-    node.meta["val"] = derived_value(program, node)
+    node.meta["val"] = derived_value(program, node, known)
 
 
 def insert_call(program: Program, before: fx.Node, target: Any, *args: Any, name: str | None = None, **kwargs: Any) -> fx.Node:
@@ -105,10 +136,10 @@ def pass_on_strides(program: Program, readers: list[fx.Node]) -> None:
             readers += node.users
 
 
-def derive_again(program: Program, node: fx.Node) -> None:
+def derive_again(program: Program, node: fx.Node, known: dict[Any, Any] | None = None) -> None:
     """Note a call node's value anew where its arguments may have other strides now: a view may have to copy then."""
     try:
-        evaluate_node(program, node)
+        evaluate_node(program, node, known)
     except (RuntimeError, ValueError):
         if node.target is not aten.view.default:
             raise
@@ -130,6 +161,11 @@ def erase_unused(*nodes: fx.Node) -> None:
         if not node.users and node.op == "call_function" and not node.is_impure() and node in node.graph._find_nodes_lookup_table:
             waiting += node.all_input_nodes
             node.graph.erase_node(node)
+
+
+def is_named(name: str, pattern: str) -> bool:
+    """Whether a user's pattern (* stands for anything) means a parameter, whose `.weight` may be left out."""
+    return fnmatch(name, pattern) or fnmatch(name.removesuffix(".weight"), pattern)
 
 
 def insert_parameter(program: Program, before: fx.Node, name: str, value: torch.Tensor) -> fx.Node:

@@ -17,7 +17,7 @@ from autodeploy.custom_ops.recurrent import RECURRENT_OPS
 from autodeploy.program import NodeRecord, Program, Snapshot, op_name, symbols
 from autodeploy.specs import STATES, Level
 from autodeploy.transforms.base import Effect
-from autodeploy.transforms.rewrite import arguments, derived_value
+from autodeploy.transforms.rewrite import arguments, derived_value, kind_of
 
 ONE_DTYPE = {
     torch.ops.aten.linear.default: 3,
@@ -100,19 +100,15 @@ def _is_write(node: Any) -> bool:
 
 
 def _check_values(before: Snapshot, program: Program) -> None:
-    """Derive anew the value of every call that is new or reads something of another kind than before; all must agree.
-
-    The calls of a layer are those of the next one: equal calls on values of the same kind are derived once.
-    """
-    values = dict[Any, Any]()
+    """Derive anew the value of every call that is new or reads something of another kind than before; all must agree."""
+    known = dict[Any, Any]()
     records = {record.node: record for record in before.nodes}
     names = {size.node.expr: name for name, size in symbols(program).items()}
     for node in program.graph.graph.nodes:
         if node.op != "call_function" or _reads_the_same(node, records.get(node), records):
             continue
-        call = (node.target, _seen(node.args), _seen(tuple(node.kwargs.items())))
         try:
-            derived = values[call] if call in values else derived_value(program, node)
+            derived = derived_value(program, node, known)
         except Exception as error:
             reason = f"{op_name(node.target)} cannot take its arguments: {str(error).splitlines()[0]}"
             raise VerificationError(reason, node.name) from error
@@ -121,7 +117,7 @@ def _check_values(before: Snapshot, program: Program) -> None:
         if describe(node.meta["val"], names) != describe(derived, names):
             reason = f"its value is noted as {describe(node.meta['val'], names)}, but it gives {describe(derived, names)}"
             raise VerificationError(reason, node.name)
-        values[call] = node.meta["val"] = derived  # the layout may have changed, and then its readers are looked at too
+        node.meta["val"] = derived  # the layout may have changed, and then its readers are looked at too
 
 
 def _mixed_dtypes(node: fx.Node) -> str:
@@ -141,29 +137,9 @@ def _reads_the_same(node: fx.Node, record: NodeRecord | None, records: dict[fx.N
     """The same call as before, on values of the same kind, with the value noted then."""
     if record is None or record.target is not node.target or record.meta["val"] is not node.meta["val"]:
         return False
-    then = fx.map_arg((record.args, record.kwargs), lambda arg: _kind(records[arg].meta["val"]))  # pyright: ignore
-    now = fx.map_arg((node.args, node.kwargs), lambda arg: _kind(arg.meta["val"]))  # pyright: ignore
+    then = fx.map_arg((record.args, record.kwargs), lambda arg: kind_of(records[arg].meta["val"]))  # pyright: ignore
+    now = fx.map_arg((node.args, node.kwargs), lambda arg: kind_of(arg.meta["val"]))  # pyright: ignore
     return then == now
-
-
-def _seen(argument: Any) -> Any:
-    """What a call sees of an argument, to find an equal call by: kinds of nodes; constants as text, so that 1 is not 1.0."""
-    if isinstance(argument, fx.Node):
-        return _kind(argument.meta["val"])
-    return tuple(map(_seen, argument)) if isinstance(argument, list | tuple) else repr(argument)
-
-
-def _kind(value: Any) -> Any:
-    """What another call can see of a value: dtype, shape, layout."""
-    if isinstance(value, list | tuple):
-        return tuple(map(_kind, value))
-    if isinstance(value, torch.Tensor):
-        return value.dtype, *map(_expression, (*value.shape, *value.stride()))
-    return _expression(value)
-
-
-def _expression(size: Any) -> Any:
-    return size.node.expr if isinstance(size, torch.SymInt | torch.SymFloat | torch.SymBool) else size
 
 
 def _same(what: str, before: Any, after: Any) -> None:

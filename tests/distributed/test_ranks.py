@@ -228,7 +228,7 @@ def test_a_rank_takes_little_more_than_its_weights_and_caches(tmp_path: Path) ->
     compiled = start(tmp_path, tmp_path / "cache", kv_cache_config={"max_tokens": 2048}, max_num_tokens=256)
     assert isinstance(compiled.runner, DistributedRunner)
     compiled.generate([[5 + i] * 100 for i in range(20)], SamplingParams(max_tokens=8, ignore_eos=True))
-    own = compiled.runner.ranks.ready[1].weight_bytes + compiled._pool_sizes().num_bytes(compiled._num_pages())
+    own = compiled.runner.ranks.ready[1].weight_bytes + compiled._pool_sizes().num_bytes(compiled._num_pages)
     compiled.shutdown()
     is_over.set()
     looking.join()

@@ -12,9 +12,11 @@ from torch import fx
 
 from autodeploy import ConfigError, TransformError, UnsupportedModelError
 from autodeploy import custom_ops as ops
+from autodeploy.custom_ops import symbolic
 from autodeploy.program import Program
 from autodeploy.recipes import Numbers, Recipe, Reshape, Shard
 from autodeploy.specs import Mesh, Target
+from autodeploy.transforms import rewrite
 from autodeploy.transforms.plan_sharding import plan_sharding
 from autodeploy.transforms.rewrite import aten, calls, val
 from autodeploy.transforms.shard import ShardModel
@@ -68,6 +70,17 @@ def test_every_family(family: str) -> None:
         with pytest.raises(UnsupportedModelError, match="ranks cannot share"):
             shared(family, TWO)
     shared(family, TWO, item=ShardModel(replicate=family in UNSHARED)).compare()
+
+
+def test_equal_layers_are_derived_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    derived = list[Any]()
+    monkeypatch.setattr(rewrite, "symbolic", lambda target: derived.append(target) or symbolic(target))
+    counts = []
+    for num_layers in (2, 4):
+        (program, _), before = canonical("llama", num_hidden_layers=num_layers), len(derived)
+        assert ShardModel().apply(program, Target(mesh=TWO))
+        counts.append(len(derived) - before)
+    assert counts[1] - counts[0] == 2 * 2  # the sums that two more layers have
 
 
 def test_each_rank_has_its_part_of_every_matrix_and_adds_up_twice_a_layer() -> None:
