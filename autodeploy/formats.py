@@ -6,7 +6,7 @@ known where its checkpoints are read (`capture/quantized.py`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -19,6 +19,14 @@ E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 ONE = torch.ones(1)
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 """Which of the eight numbers in a word belongs to which column."""
+
+
+class NotFiniteError(ValueError):
+    """A stored part holds NaN or infinity."""
+
+    def __init__(self, part: str) -> None:
+        super().__init__("it holds something that is not a finite number")
+        self.part = part
 
 
 @dataclass(frozen=True)
@@ -107,7 +115,7 @@ class Format:
         return self.layout == "e2m1" and set(self.parts) <= {"codes", "scales", "factor", "divisor"} and self.block[0] <= 1
 
     def integers(self, shape: tuple[int, ...], *tensors: Tensor) -> Integers:
-        """The stored parts as whole numbers (or floats of 8 bits) and scales. Raises ValueError when a scale is not finite."""
+        """The stored parts as whole numbers (or floats of 8 bits) and scales. Raises NotFiniteError for a scale."""
         part = self._checked(tensors)
         if self.is_fp8:
             return Integers(part["codes"].reshape(shape), self._by_group(as_scale(part["scales"]), shape), None)
@@ -135,7 +143,7 @@ class Format:
         return (codes.flatten(-2), scales, *more)
 
     def dequantize(self, shape: tuple[int, ...], *tensors: Tensor) -> Tensor:
-        """The dense matrix in float32. tensors: the parts, in order. Raises ValueError when a scale is not finite."""
+        """The dense matrix in float32. tensors: the parts, in order. Raises NotFiniteError for a scale."""
         part = self._checked(tensors)
         if self.layout == "nf4":
             return _nf4(part, shape, self.settings)
@@ -150,12 +158,12 @@ class Format:
         return numbers * part["columns"].float() if "columns" in part else numbers
 
     def _checked(self, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
-        """The parts by name. Raises ValueError when a number that is no code is not finite."""
+        """The parts by name. Raises NotFiniteError for a number that is no code."""
         part = dict(zip(self.parts, tensors, strict=True))
         for name, stored in part.items():
             values = as_scale(stored) if name == "scales" else stored
             if name != "codes" and values.is_floating_point() and not bool(values.isfinite().all()):
-                raise ValueError(f"its {name} hold something that is not a finite number")
+                raise NotFiniteError(name)
         return part
 
     def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -189,6 +197,12 @@ class Format:
             if size > 1:
                 few = few.repeat_interleave(size, dim).narrow(dim, 0, shape[dim])
         return few
+
+
+def told(formats: Collection[Format | None]) -> str:
+    """Several formats in words (None: dense): dense and int4; int4 of several kinds."""
+    names = sorted({str(form or "dense") for form in formats})
+    return " and ".join(names) if len(names) > 1 else f"{names[0]} of several kinds"
 
 
 def as_scale(scale: Tensor) -> Tensor:

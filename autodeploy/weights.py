@@ -10,8 +10,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from autodeploy.errors import CheckpointError
 from autodeploy.formats import Format, Integers
 from autodeploy.recipes import (
+    BrokenTensorError,
     Cast,
     Cat,
     Dequantize,
@@ -75,6 +77,10 @@ class TensorSource(Protocol):
 
     def fetch(self, leaf: Leaf) -> Tensor: ...
 
+    def where(self, name: str) -> str:
+        """The file that holds a tensor, for messages."""
+        ...
+
 
 @dataclass
 class LiveSource:
@@ -88,6 +94,9 @@ class LiveSource:
         tensor = (self.initial if isinstance(leaf, Initial) else self.tensors)[leaf.name]
         return leaf.of(tensor) if isinstance(leaf, Part) else tensor
 
+    def where(self, name: str) -> str:
+        return "the model in memory"
+
 
 def materialize(
     plan: WeightPlan, source: TensorSource, device: str = "cpu", used_up: Collection[str] = (), as_integers: Collection[str] = ()
@@ -96,22 +105,27 @@ def materialize(
 
     A parameter that is a live tensor unchanged *is* that tensor; one that would still point into a mapped file is copied.
     used_up: names of those that are read at once and not kept, and so need no copy. as_integers: names of those that are not
-    made dense.
+    made dense. Raises CheckpointError for scales that are not finite.
     """
     for name, recipe in plan.recipes.items():
-        if name in as_integers:
-            yield name, integers(recipe, source.fetch).to(device)
-            continue
-        fetched: list[Tensor] = []
+        try:
+            made = integers(recipe, source.fetch) if name in as_integers else _dense(recipe, source, name in used_up)
+        except BrokenTensorError as error:
+            raise CheckpointError(f"{source.where(error.tensor)}: {error}") from error
+        yield name, made.to(device)
 
-        def fetch(leaf: Leaf, fetched: list[Tensor] = fetched) -> Tensor:
-            fetched.append(source.fetch(leaf))
-            return fetched[-1]
 
-        tensor = _assembled(recipe, fetch) if _has_parts(recipe) else evaluate(recipe, fetch).detach()
-        if source.mapped and name not in used_up and any(_storage(tensor) == _storage(leaf) for leaf in fetched):
-            tensor = tensor.clone(memory_format=torch.contiguous_format)
-        yield name, tensor.to(device)
+def _dense(recipe: Recipe, source: TensorSource, is_used_up: bool) -> Tensor:
+    fetched: list[Tensor] = []
+
+    def fetch(leaf: Leaf) -> Tensor:
+        fetched.append(source.fetch(leaf))
+        return fetched[-1]
+
+    tensor = _assembled(recipe, fetch) if _has_parts(recipe) else evaluate(recipe, fetch).detach()
+    if source.mapped and not is_used_up and any(_storage(tensor) == _storage(leaf) for leaf in fetched):
+        return tensor.clone(memory_format=torch.contiguous_format)
+    return tensor
 
 
 def _has_parts(recipe: Recipe) -> bool:

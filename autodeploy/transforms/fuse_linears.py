@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import fx
 
+from autodeploy.formats import Format, told
 from autodeploy.program import Program
 from autodeploy.recipes import Cat
 from autodeploy.specs import Target
@@ -29,16 +31,15 @@ class FuseLinears(Transform):
     effect: ClassVar[Effect] = Effect.PARAMETERS
 
     def apply(self, program: Program, target: Target) -> int:
-        groups: dict[Any, list[fx.Node]] = defaultdict(list)
+        groups: dict[Any, dict[Format | None, list[fx.Node]]] = defaultdict(lambda: defaultdict(list))
         for node in calls(program, aten.linear.default):
             if _fusable(node):
-                weight: Any = node.args[1]
-                stored = program.weights.format_of(str(weight.target))
-                groups[node.args[0], _bias(node) is None, val(weight).dtype, stored].append(node)
-        fused = [group for group in groups.values() if len(group) > 1]
-        for group in fused:
-            _fuse(program, group)
-        return len(fused)
+                stored = program.weights.format_of(_name(node))
+                groups[node.args[0], _bias(node) is None, val(node.args[1]).dtype][stored].append(node)
+        for by_format in groups.values():
+            left = {_name(group[0]) if len(group) == 1 else _fuse(program, group): form for form, group in by_format.items()}
+            _remark(program, left)
+        return sum(len(group) > 1 for by_format in groups.values() for group in by_format.values())
 
 
 def _bias(node: fx.Node) -> Any:
@@ -52,7 +53,24 @@ def _fusable(node: fx.Node) -> bool:
     return alone and not node.kwargs
 
 
-def _fuse(program: Program, group: list[fx.Node]) -> None:
+def _name(linear: fx.Node) -> str:
+    weight: Any = linear.args[1]
+    return str(weight.target)
+
+
+def _remark(program: Program, formats: Mapping[str, Format | None]) -> None:
+    """Say which of these weights are not joined though they belong to one module. formats: how each is stored."""
+    modules: dict[str, list[str]] = defaultdict(list)
+    for name in formats:
+        modules[name.rsplit(".", 2)[0]].append(name)
+    for names in modules.values():
+        if len(names) > 1:
+            how = told({formats[name] for name in names})
+            program.remarks |= dict.fromkeys(names, f"not joined, since what reads the same is stored in several formats ({how})")
+
+
+def _fuse(program: Program, group: list[fx.Node]) -> str:
+    """The name of the joined weight."""
     first = group[0]
     joined = [_join(program, first, [node.args[i] for node in group]) for i in ((1,) if _bias(first) is None else (1, 2))]
     product = insert_call(program, first, aten.linear.default, first.args[0], *joined)
@@ -62,6 +80,7 @@ def _fuse(program: Program, group: list[fx.Node]) -> None:
         node.replace_all_uses_with(insert_call(program, first, operator.getitem, parts, i))
     erase_unused(*group)
     pass_on_strides(program, [user for part in parts.users for user in part.users])
+    return str(joined[0].target)
 
 
 def _join(program: Program, before: fx.Node, parameters: list[Any]) -> fx.Node:
