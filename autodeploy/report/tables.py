@@ -53,7 +53,9 @@ def _cut_formats(program: Program) -> dict[str, str]:
         if len(forms) > 1:
             found[name] = f"dense, since its parts are stored in several formats ({told(forms)})"
         else:
-            found[name] = f"dense, since not all of a matrix in {next(iter(forms))} is read, or not as it is stored"
+            (form,) = forms
+            cut = f"not all of a matrix in {form} is read, or not as it is stored"
+            found[name] = f"dense, since {'its columns are in any order' if form and 'order' in form.parts else cut}"
     return found
 
 

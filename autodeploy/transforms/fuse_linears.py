@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import fx
 
-from autodeploy.formats import Format, told
+from autodeploy.formats import told
 from autodeploy.program import Program
 from autodeploy.recipes import Cat
 from autodeploy.specs import Target
@@ -31,14 +31,14 @@ class FuseLinears(Transform):
     effect: ClassVar[Effect] = Effect.PARAMETERS
 
     def apply(self, program: Program, target: Target) -> int:
-        groups: dict[Any, dict[Format | None, list[fx.Node]]] = defaultdict(lambda: defaultdict(list))
+        groups: dict[Any, dict[Any, list[fx.Node]]] = defaultdict(lambda: defaultdict(list))
         for node in calls(program, aten.linear.default):
             if _fusable(node):
                 stored = program.weights.format_of(_name(node))
-                groups[node.args[0], _bias(node) is None, val(node.args[1]).dtype][stored].append(node)
+                kind = _name(node) if stored is not None and "order" in stored.parts else stored  # each has an order of its own
+                groups[node.args[0], _bias(node) is None, val(node.args[1]).dtype][kind].append(node)
         for by_format in groups.values():
-            left = {_name(group[0]) if len(group) == 1 else _fuse(program, group): form for form, group in by_format.items()}
-            _remark(program, left)
+            _remark(program, [_name(group[0]) if len(group) == 1 else _fuse(program, group) for group in by_format.values()])
         return sum(len(group) > 1 for by_format in groups.values() for group in by_format.values())
 
 
@@ -58,15 +58,16 @@ def _name(linear: fx.Node) -> str:
     return str(weight.target)
 
 
-def _remark(program: Program, formats: Mapping[str, Format | None]) -> None:
-    """Say which of these weights are not joined though they belong to one module. formats: how each is stored."""
+def _remark(program: Program, weights: Sequence[str]) -> None:
+    """Say which of these are not joined, though they belong to one module, since they are stored in several formats."""
     modules: dict[str, list[str]] = defaultdict(list)
-    for name in formats:
+    for name in weights:
         modules[name.rsplit(".", 2)[0]].append(name)
     for names in modules.values():
-        if len(names) > 1:
-            how = told({formats[name] for name in names})
-            program.remarks |= dict.fromkeys(names, f"not joined, since what reads the same is stored in several formats ({how})")
+        formats = {program.weights.format_of(name) for name in names}
+        if len(formats) > 1:
+            reason = f"not joined, since what reads the same is stored in several formats ({told(formats)})"
+            program.remarks |= dict.fromkeys(names, reason)
 
 
 def _fuse(program: Program, group: list[fx.Node]) -> str:

@@ -39,10 +39,11 @@ def in_two_files(folder: Path, edit: Callable[[dict[str, Tensor]], Any]) -> Path
     return folder / SECOND
 
 
-def read(folder: Path) -> None:
+def read(folder: Path, as_integers: bool = False) -> None:
     """All matrices, as far as that is possible without a model."""
     source = CheckpointSource(folder)
-    for _ in materialize(WeightPlan(dense_view(raw_config(folder), source).recipes), source):
+    recipes = dense_view(raw_config(folder), source).recipes
+    for _ in materialize(WeightPlan(recipes), source, as_integers=recipes if as_integers else ()):
         pass
 
 
@@ -130,6 +131,14 @@ def test_a_scale_that_is_no_number_ends_the_start_with_the_name_of_its_file(tmp_
     for dtype in ("bfloat16", "float32"):  # as whole numbers where kernels take them, and dense
         with pytest.raises(CheckpointError, match=re.escape(f"{file}: tensor '{Q_PROJ}scales': it holds")):
             autodeploy.compile(quantized, dtype=dtype)
+
+
+@pytest.mark.parametrize("value", [0, -1])
+def test_an_order_of_columns_that_fills_no_groups_is_refused(value: int, tmp_path: Path) -> None:
+    quantized, _ = write(tmp_path, BY_NAME["gptq act-order"], make_model("llama", **LLAMA))
+    file = in_two_files(quantized, put("g_idx", 192, value=value))
+    with pytest.raises(CheckpointError, match=re.escape(f"{file}: tensor '{Q_PROJ}g_idx': it does not put 32 columns in each")):
+        read(quantized, as_integers=True)
 
 
 @pytest.mark.parametrize("name", ["awq", "gptq", "compressed-tensors w4a16", "compressed-tensors int8"])
