@@ -91,6 +91,10 @@ class CheckpointSource:
         stored = self._files[self._file_of[name]].get_slice(name)
         return f"{stored.get_dtype()}{stored.get_shape()}"
 
+    def where(self, name: str) -> str:
+        """The path of the file that holds a tensor; of the folder, where none does."""
+        return str(self.folder / self._file_of.get(name, ""))
+
     def describe(self, name: str) -> Tensor:
         """A meta tensor with the stored tensor's shape and dtype."""
         stored = self._files[self._file_of[name]].get_slice(name)

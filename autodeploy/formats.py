@@ -6,7 +6,7 @@ known where its checkpoints are read (`capture/quantized.py`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -19,6 +19,14 @@ E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 ONE = torch.ones(1)
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 """Which of the eight numbers in a word belongs to which column."""
+
+
+class BrokenPartError(ValueError):
+    """A stored part cannot be used. part: its name in `Format.parts`."""
+
+    def __init__(self, part: str, reason: str) -> None:
+        super().__init__(reason)
+        self.part = part
 
 
 @dataclass(frozen=True)
@@ -34,22 +42,26 @@ class Integers:
     """[..., N, groups] float32."""
     zeros: Tensor | None
     """The same; None: all are 0."""
+    order: Tensor | None = None
+    """[K] int32, which column of the matrix each one here is; None: the same one."""
 
     @property
     def parts(self) -> tuple[Tensor | None, ...]:
         return self.numbers, self.scales, self.zeros
 
     def to(self, device: str) -> Integers:
-        return Integers(self.numbers.to(device), self.scales.to(device), None if self.zeros is None else self.zeros.to(device))
+        parts = (None if part is None else part.to(device) for part in (*self.parts, self.order))
+        return Integers(*parts)  # pyright: ignore[reportArgumentType]
 
     def narrow(self, dim: int, start: int, stop: int) -> Integers:
-        """Elements [start, stop) of a dim; columns in whole groups."""
+        """Elements [start, stop) of a dim; columns in whole groups, where they are in no other order."""
         groups, first, last = self.scales.shape[-1], start, stop
         if dim == self.numbers.dim() - 1:
             size = self.numbers.shape[-1] // groups
             first, last = (0, 1) if groups == 1 else (start // size, stop // size)
         zeros = None if self.zeros is None else self.zeros.narrow(dim, first, last - first)
-        return Integers(self.numbers.narrow(dim, start, stop - start), self.scales.narrow(dim, first, last - first), zeros)
+        numbers, scales = self.numbers.narrow(dim, start, stop - start), self.scales.narrow(dim, first, last - first)
+        return Integers(numbers, scales, zeros, self.order)
 
     def padded(self, dim: int, size: int) -> Integers:
         """With rows (or matrices) of zeros behind the last one, up to `size`."""
@@ -59,7 +71,7 @@ class Integers:
             shape[dim] = size - shape[dim]
             return torch.cat([part, torch.zeros(shape, dtype=part.dtype, device=part.device)], dim)
 
-        return Integers(pad(self.numbers), pad(self.scales), None if self.zeros is None else pad(self.zeros))
+        return Integers(pad(self.numbers), pad(self.scales), None if self.zeros is None else pad(self.zeros), self.order)
 
     @classmethod
     def joined(cls, several: Sequence[Integers], join: Callable[[list[Tensor]], Tensor]) -> Integers:
@@ -97,6 +109,11 @@ class Format:
         return self.name.startswith("int") and set(self.parts) <= {"codes", "scales", "zeros"} and self.block[0] <= 1
 
     @property
+    def without_order(self) -> Format:
+        """Of the matrix with its columns sorted by their groups."""
+        return replace(self, parts=tuple(part for part in self.parts if part != "order"))
+
+    @property
     def is_fp8(self) -> bool:
         """Whether it stands for floats of 8 bits times a scale of their block of rows and columns."""
         return self.name == "fp8" and self.layout == "plain" and set(self.parts) == {"codes", "scales"}
@@ -107,7 +124,7 @@ class Format:
         return self.layout == "e2m1" and set(self.parts) <= {"codes", "scales", "factor", "divisor"} and self.block[0] <= 1
 
     def integers(self, shape: tuple[int, ...], *tensors: Tensor) -> Integers:
-        """The stored parts as whole numbers (or floats of 8 bits) and scales. Raises ValueError when a scale is not finite."""
+        """The stored parts as whole numbers (or floats of 8 bits) and scales. Raises BrokenPartError."""
         part = self._checked(tensors)
         if self.is_fp8:
             return Integers(part["codes"].reshape(shape), self._by_group(as_scale(part["scales"]), shape), None)
@@ -117,7 +134,18 @@ class Format:
             return Integers((2 * numbers).to(torch.int8), self._by_group(scales, shape), None)
         half = 1 << (self.bits - 1) if self.layout in TRANSPOSED else 0  # those have no sign
         zeros = self._by_group(self._zeros(part["zeros"], shape), shape) - half if "zeros" in part else None
-        return Integers((numbers - half).to(torch.int8), self._by_group(as_scale(part["scales"]), shape), zeros)
+        order = None
+        if "order" in part:
+            order = self._sorted_columns(part["order"], shape[-1])
+            numbers = numbers[..., order]
+        return Integers((numbers - half).to(torch.int8), self._by_group(as_scale(part["scales"]), shape), zeros, order)
+
+    def _sorted_columns(self, groups: Tensor, num_columns: int) -> Tensor:
+        """The columns, int32, by their groups. Raises BrokenPartError for groups of several sizes."""
+        size = self.block[1] or num_columns
+        if int(groups.min()) < 0 or groups.bincount().tolist() != [size] * (num_columns // size):
+            raise BrokenPartError("order", f"it does not put {size} columns in each group")
+        return groups.argsort(stable=True).to(torch.int32)
 
     def _by_group(self, few: Tensor, shape: tuple[int, ...]) -> Tensor:
         """One number per block -> [..., N, groups]."""
@@ -135,7 +163,7 @@ class Format:
         return (codes.flatten(-2), scales, *more)
 
     def dequantize(self, shape: tuple[int, ...], *tensors: Tensor) -> Tensor:
-        """The dense matrix in float32. tensors: the parts, in order. Raises ValueError when a scale is not finite."""
+        """The dense matrix in float32. tensors: the parts, in order. Raises BrokenPartError for a scale that is not finite."""
         part = self._checked(tensors)
         if self.layout == "nf4":
             return _nf4(part, shape, self.settings)
@@ -150,12 +178,12 @@ class Format:
         return numbers * part["columns"].float() if "columns" in part else numbers
 
     def _checked(self, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
-        """The parts by name. Raises ValueError when a number that is no code is not finite."""
+        """The parts by name. Raises BrokenPartError for a number that is no code and not finite."""
         part = dict(zip(self.parts, tensors, strict=True))
         for name, stored in part.items():
             values = as_scale(stored) if name == "scales" else stored
             if name != "codes" and values.is_floating_point() and not bool(values.isfinite().all()):
-                raise ValueError(f"its {name} hold something that is not a finite number")
+                raise BrokenPartError(name, "it holds something that is not a finite number")
         return part
 
     def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -189,6 +217,12 @@ class Format:
             if size > 1:
                 few = few.repeat_interleave(size, dim).narrow(dim, 0, shape[dim])
         return few
+
+
+def told(formats: Collection[Format | None]) -> str:
+    """Several formats in words (None: dense): dense and int4; int4 of several kinds."""
+    names = sorted({str(form or "dense") for form in formats})
+    return " and ".join(names) if len(names) > 1 else f"{names[0]} of several kinds"
 
 
 def as_scale(scale: Tensor) -> Tensor:

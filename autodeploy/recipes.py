@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from autodeploy.errors import CheckpointError
-from autodeploy.formats import Format, Integers
+from autodeploy.formats import BrokenPartError, Format, Integers
 
 T = TypeVar("T")
 Ranges = tuple[tuple[tuple[int, int], ...], ...]
@@ -21,6 +21,14 @@ def shown(ranges: Ranges) -> str:
     """0:8|8:16; the first four ranks."""
     few = "|".join("+".join(f"{start}:{stop}" for start, stop in own) for own in ranges[:4])
     return few + ("|..." if len(ranges) > 4 else "")
+
+
+class BrokenTensorError(CheckpointError):
+    """A stored tensor cannot be used. Its file is not known here."""
+
+    def __init__(self, tensor: str, reason: str) -> None:
+        super().__init__(f"tensor '{tensor}': {reason}. Download the checkpoint again, or quantize anew.")
+        self.tensor = tensor
 
 
 @dataclass(frozen=True)
@@ -264,19 +272,18 @@ class Dequantize(Recipe):
         return self.parts
 
     def apply(self, *tensors: Tensor) -> Tensor:
-        """Raises CheckpointError for scales that are not finite."""
+        """Raises BrokenTensorError for scales that are not finite."""
         if tensors[0].is_meta:
             return torch.empty(self.shape, dtype=torch.float32, device="meta")
         return self.with_blame(lambda: self.format.dequantize(self.shape, *tensors))
 
     def with_blame(self, work: Callable[[], T]) -> T:
-        """What the work gives; a ValueError of its becomes a CheckpointError that names the tensor."""
+        """What the work gives; a BrokenPartError of its becomes a BrokenTensorError."""
         try:
             return work()
-        except ValueError as error:
-            raise CheckpointError(
-                f"tensor '{self.parts[0]}': {error}. Download the checkpoint again, or quantize anew."
-            ) from error
+        except BrokenPartError as error:
+            part = self.parts[self.format.parts.index(error.part)]
+            raise BrokenTensorError(next(part.leaves()).name, str(error)) from error
 
 
 @dataclass(frozen=True)
@@ -323,7 +330,8 @@ def format_of(recipe: Recipe, stored: Mapping[str, Format]) -> Format | None:
             return form if form is None or dim < -1 or _keeps_groups(form, ranges) else None
         case Join(parts) if _joins_rows(recipe):
             formats = {format_of(part, stored) for part in parts}
-            return formats.pop() if len(formats) == 1 else None
+            form = formats.pop() if len(formats) == 1 else None
+            return None if form is None or "order" in form.parts else form  # each has an order of its own
         case _:
             return None
 
@@ -340,7 +348,7 @@ def formats_in(recipe: Recipe, stored: Mapping[str, Format]) -> set[Format | Non
 def _keeps_groups(form: Format, ranges: Ranges) -> bool:
     """Whether every rank has whole groups of columns, and nothing else."""
     bounds = [bound for own in ranges for pair in own for bound in pair]
-    return min(bounds) >= 0 and not any(bound % max(form.block[1], 1) for bound in bounds)
+    return "order" not in form.parts and min(bounds) >= 0 and not any(bound % max(form.block[1], 1) for bound in bounds)
 
 
 def _joins_rows(recipe: Join) -> bool:

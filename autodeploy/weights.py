@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Any, Protocol
@@ -10,8 +10,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from autodeploy.errors import CheckpointError
 from autodeploy.formats import Format, Integers
 from autodeploy.recipes import (
+    BrokenTensorError,
     Cast,
     Cat,
     Dequantize,
@@ -75,6 +77,10 @@ class TensorSource(Protocol):
 
     def fetch(self, leaf: Leaf) -> Tensor: ...
 
+    def where(self, name: str) -> str:
+        """The file that holds a tensor, for messages."""
+        ...
+
 
 @dataclass
 class LiveSource:
@@ -88,6 +94,9 @@ class LiveSource:
         tensor = (self.initial if isinstance(leaf, Initial) else self.tensors)[leaf.name]
         return leaf.of(tensor) if isinstance(leaf, Part) else tensor
 
+    def where(self, name: str) -> str:
+        return "the model in memory"
+
 
 def materialize(
     plan: WeightPlan, source: TensorSource, device: str = "cpu", used_up: Collection[str] = (), as_integers: Collection[str] = ()
@@ -95,50 +104,38 @@ def materialize(
     """Yield (parameter name, tensor) one at a time: at most one parameter exists beside those already yielded.
 
     A parameter that is a live tensor unchanged *is* that tensor; one that would still point into a mapped file is copied.
-    used_up: names of those that are read at once and not kept: they need no copy, and those of parts all lie in the same memory.
-    as_integers: names of those that are not made dense.
+    used_up: names of those that are read at once and not kept, and so need no copy. as_integers: names of those that are not
+    made dense. Raises CheckpointError for scales that are not finite.
     """
-    scratch = _Scratch()
     for name, recipe in plan.recipes.items():
-        if name in as_integers:
-            yield name, integers(recipe, source.fetch).to(device)
-            continue
-        fetched: list[Tensor] = []
+        try:
+            made = integers(recipe, source.fetch) if name in as_integers else _dense(recipe, source, name in used_up)
+        except BrokenTensorError as error:
+            raise CheckpointError(f"{source.where(error.tensor)}: {error}") from error
+        yield name, made.to(device)
 
-        def fetch(leaf: Leaf, fetched: list[Tensor] = fetched) -> Tensor:
-            fetched.append(source.fetch(leaf))
-            return fetched[-1]
 
-        if _has_parts(recipe):
-            tensor = _assembled(recipe, fetch, scratch.empty if name in used_up else torch.empty)
-        else:
-            tensor = evaluate(recipe, fetch).detach()
-        if source.mapped and name not in used_up and any(_storage(tensor) == _storage(leaf) for leaf in fetched):
-            tensor = tensor.clone(memory_format=torch.contiguous_format)
-        yield name, tensor.to(device)
+def _dense(recipe: Recipe, source: TensorSource, is_used_up: bool) -> Tensor:
+    fetched: list[Tensor] = []
+
+    def fetch(leaf: Leaf) -> Tensor:
+        fetched.append(source.fetch(leaf))
+        return fetched[-1]
+
+    tensor = _assembled(recipe, fetch) if _has_parts(recipe) else evaluate(recipe, fetch).detach()
+    if source.mapped and not is_used_up and any(_storage(tensor) == _storage(leaf) for leaf in fetched):
+        return tensor.clone(memory_format=torch.contiguous_format)
+    return tensor
 
 
 def _has_parts(recipe: Recipe) -> bool:
     return isinstance(recipe.source if isinstance(recipe, Cast) else recipe, Join)
 
 
-class _Scratch:
-    """Memory for one tensor after the other: the system clears each new page, which takes longer than to fill it."""
-
-    def __init__(self) -> None:
-        self.memory = torch.empty(0, dtype=torch.uint8)
-
-    def empty(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-        num_bytes = shape.numel() * dtype.itemsize
-        if self.memory.device != device or self.memory.numel() < num_bytes:
-            self.memory = torch.empty(num_bytes, dtype=torch.uint8, device=device)
-        return self.memory[:num_bytes].view(dtype).view(shape)
-
-
-def _assembled(recipe: Recipe, fetch: Fetch, empty: Callable[..., Tensor]) -> Tensor:
+def _assembled(recipe: Recipe, fetch: Fetch) -> Tensor:
     like = shape_of(recipe, fetch)
     device = next(fetch(leaf).device for leaf in recipe.leaves())  # that of a live model
-    result = empty(like.shape, dtype=like.dtype, device=device)
+    result = torch.empty(like.shape, dtype=like.dtype, device=device)
     with torch.no_grad():
         _fill(recipe, result, fetch)
     return result

@@ -154,6 +154,9 @@ class FakeFolder:
     def names(self) -> list[str]:
         return list(self.reader.tensors)
 
+    def where(self, name: str) -> str:
+        return f"nowhere/{name}"
+
     def describe(self, name: str) -> Tensor:
         return self.reader.describe(Take(name))
 

@@ -13,12 +13,20 @@ from pathlib import Path
 from autodeploy.errors import ConfigError, did_you_mean
 
 OURS = "autodeploy"
-MODULES = {"hf": "transformers", "hf-cb": "transformers", "openvino": "openvino_genai", "vllm": "vllm"}
+MODULES = {
+    "hf": "transformers",
+    "hf-cb": "transformers",
+    "openvino": "openvino_genai",
+    "ort": "onnxruntime_genai",
+    "vllm": "vllm",
+}
 """Peer -> what its Python must be able to import."""
 LLAMACPP = "llamacpp"
-ROUND = (OURS, LLAMACPP, "openvino")
+CONVERT = (LLAMACPP, "openvino", "ort")
+"""Peers that read no checkpoint of transformers: it is converted first, and rounded if it is asked for."""
+ROUND = (OURS, *CONVERT)
 """Engines that can quantize a checkpoint of bfloat16."""
-PEERS = ("hf", "hf-cb", LLAMACPP, "openvino", "vllm")
+PEERS = ("hf", "hf-cb", LLAMACPP, "openvino", "ort", "vllm")
 
 
 @dataclass(frozen=True)
@@ -36,7 +44,7 @@ class Engine:
     @property
     def needs_preparation(self) -> bool:
         """Whether the checkpoint is converted first."""
-        return self.name in (LLAMACPP, "openvino")
+        return self.name in CONVERT
 
     @property
     def compiles(self) -> bool:

@@ -7,7 +7,6 @@ transformers is not asked: it reads some of these formats wrongly without tellin
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from torch import Tensor
 from autodeploy.capture.expected_formats import method_in
 from autodeploy.checkpoint import MODELOPT_FILE, CheckpointSource, read_json
 from autodeploy.errors import CheckpointError, UnsupportedModelError
+from autodeploy.format_parts import NotInPartsError, spacing
 from autodeploy.formats import SCHEMES, Format
 from autodeploy.recipes import Dequantize, Leaf, Permute, Recipe, Take, evaluate
 
@@ -95,7 +95,7 @@ def _refuse_codes_without_scales(view: DenseView) -> None:
     for name in view.names():
         if name not in view.recipes and view.source.describe(name).dtype in (*FLOAT8, torch.int8, torch.uint8):
             raise CheckpointError(
-                f"{view.folder}: tensor '{name}' holds codes ({view.source.kind(name)}), but no scales belong to it. "
+                f"{view.source.where(name)}: tensor '{name}' holds codes ({view.source.kind(name)}), but no scales belong to it. "
                 "Download the checkpoint again."
             )
 
@@ -130,29 +130,37 @@ class _Reader:
 
     def add(self, dense: str, form: dict[str, Any], shape: tuple[int, ...], **parts: str) -> Recipe:
         """A dense matrix of these stored tensors. Raises CheckpointError for a part that is missing or of the wrong shape."""
-        made = Format(**form, parts=tuple(parts))
+        made, codes = Format(**form, parts=tuple(parts)), parts["codes"]
         for role, name in parts.items():
-            have = self.shape(name)
-            if role == "scales":
-                self._check_scales(made, shape, name, have)
+            if name not in self.stored:
+                where = self.source.where(codes)
+                raise CheckpointError(
+                    f"{where}: tensor '{name}' is missing, though '{codes}' is there. Download the checkpoint again."
+                )
+            self._check_part(made, role, shape, name)
         recipe = Dequantize(tuple(map(Take, parts.values())), made, shape)
         self.view.recipes[dense] = recipe
         self.view.hidden |= set(parts.values())
         return recipe
 
-    def _check_scales(self, form: Format, shape: tuple[int, ...], name: str, have: tuple[int, ...]) -> None:
-        block = form.block[1]
-        if form.layout in ("e2m1", "row_pairs", "stream", "gptq", "awq") and block > 1 and shape[-1] % block:
+    def _check_part(self, form: Format, role: str, shape: tuple[int, ...], name: str) -> None:
+        have, where, block = self.shape(name), f"{self.source.where(name)}: tensor '{name}'", form.block[1]
+        if role == "scales" and form.block[0] == 1 and block > 1 and shape[-1] % block:
             raise CheckpointError(
-                f"{self.view.folder}: groups of {block} do not divide the {shape[-1]} columns of what '{name}' scales. "
+                f"{where}: groups of {block} do not divide the {shape[-1]} columns of the matrix that it scales. "
                 "Quantize anew with a group size that does."
             )
-        want = form.scale_shape(shape)
-        if math.prod(have) != math.prod(want) or tuple(n for n in have if n > 1) != tuple(n for n in want if n > 1):
-            raise CheckpointError(
-                f"{self.view.folder}: tensor '{name}' has shape {list(have)}, but a matrix {list(shape)} in {form.name} needs "
-                f"scales {list(want)}. Check that config.json belongs to these weights."
-            )
+        matrix, remedy = f"a matrix {list(shape)} in {form.name}", "Check that config.json belongs to these weights."
+        if role == "scales" or (role == "zeros" and form.layout == "plain"):
+            want = form.scale_shape(shape)
+            if [size for size in have if size > 1] != [size for size in want if size > 1]:
+                raise CheckpointError(f"{where} has shape {list(have)}, but {matrix} needs {role} {list(want)}. {remedy}")
+            return
+        try:
+            for axis in (-2,) if form.layout == "nf4" else (-2, -1):
+                spacing(form, role, shape, have, axis)
+        except NotInPartsError as error:
+            raise CheckpointError(f"{where} has shape {list(have)}, which does not fit {matrix} ({role}). {remedy}") from error
 
     def block_of(self, scales: str, shape: tuple[int, ...], block: tuple[int, int] | None) -> tuple[int, int]:
         """Which rows and columns share a scale, by how many scales there are. block: that of a grid of scales."""
@@ -161,9 +169,7 @@ class _Reader:
             return 0, 0
         if have == [shape[0]]:
             return 1, 0
-        if block is not None:
-            return block
-        return 1, shape[1] // self.shape(scales)[-1]
+        return block or (1, 0)
 
     def unsupported(self, what: str) -> UnsupportedModelError:
         return UnsupportedModelError(f"{self.view.folder}: {what} is not read. Use the unquantized checkpoint.")
@@ -243,9 +249,11 @@ def _compressed_tensors(reader: _Reader) -> None:
             continue
         shape, is_float = reader.shape(weight), reader.dtype(weight) in FLOAT8
         exponents = reader.dtype(scales) == torch.uint8
-        grid = (1, 32) if exponents else tuple(_weights_of(reader, prefix).get("block_structure") or ()) or None
+        weights = _weights_of(reader, prefix)
+        columns = int(weights.get("group_size") or 0)
+        grid = (1, 32) if exponents else tuple(weights.get("block_structure") or ()) or ((1, columns) if columns > 0 else None)
         name = ("mxfp8" if exponents else "fp8") if is_float else "int8"
-        zeros = {"zeros": f"{prefix}.weight_zero_point"} if f"{prefix}.weight_zero_point" in reader.stored else {}
+        zeros = _zero_points(reader, prefix)
         form = {"name": name, "layout": "plain", "block": reader.block_of(scales, shape, grid)}
         if name == "int8":
             form["activations"] = 8 if (_group_of(reader, prefix).get("input_activations") or {}).get("num_bits") == 8 else 0
@@ -264,17 +272,20 @@ def _packed_matrix(reader: _Reader, prefix: str) -> None:
         return
     rows, columns = (int(size) for size in reader.value(f"{prefix}.weight_shape").tolist())
     weights = _weights_of(reader, prefix)
-    bits, parts = int(weights.get("num_bits") or 4), {"codes": packed, "scales": scales}
+    bits, parts = int(weights.get("num_bits") or 4), {"codes": packed, "scales": scales, **_zero_points(reader, prefix)}
     size = int(weights.get("group_size") or 0)
-    if f"{prefix}.weight_zero_point" in reader.stored:
-        parts["zeros"] = f"{prefix}.weight_zero_point"
-    if f"{prefix}.weight_g_idx" in reader.stored:
+    if weights.get("actorder") == "group" or f"{prefix}.weight_g_idx" in reader.stored:
         parts["order"] = f"{prefix}.weight_g_idx"
     block = (1, size) if size > 0 else (1, 0)
     reader.add(
         f"{prefix}.weight", {"name": f"int{bits}", "layout": "stream", "block": block, "bits": bits}, (rows, columns), **parts
     )
     reader.view.hidden.add(f"{prefix}.weight_shape")
+
+
+def _zero_points(reader: _Reader, prefix: str) -> dict[str, str]:
+    name, symmetric = f"{prefix}.weight_zero_point", _weights_of(reader, prefix).get("symmetric")
+    return {"zeros": name} if name in reader.stored or symmetric is False else {}
 
 
 def _weights_of(reader: _Reader, prefix: str) -> dict[str, Any]:
@@ -309,10 +320,9 @@ def _gptq(reader: _Reader) -> None:
         shape = (rows, words * 32 // bits)
         size = int(settings.get("group_size", -1))
         parts = {"codes": "qweight", "scales": "scales", "zeros": "qzeros"}
-        if f"{prefix}.g_idx" in reader.stored:
-            if settings.get("desc_act"):
-                parts["order"] = "g_idx"
-            reader.view.hidden.add(f"{prefix}.g_idx")  # else it says that groups are of neighbours
+        if settings.get("desc_act"):
+            parts["order"] = "g_idx"
+        reader.view.hidden.add(f"{prefix}.g_idx")  # of a matrix that is not in any order it says that groups are of neighbours
         form = {
             "name": f"int{bits}",
             "layout": "gptq",

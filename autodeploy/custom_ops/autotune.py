@@ -168,7 +168,8 @@ def draw_integers(matrix: Tensor, form: Format) -> Integers:
     groups = -(-matrix.shape[-1] // form.block[1]) if form.block[1] else 1
     scales = torch.ones(*matrix.shape[:-1], groups, device=matrix.device)
     numbers = matrix.to(torch.float8_e4m3fn if form.is_fp8 else torch.int8)
-    return Integers(numbers, scales, torch.zeros_like(scales) if "zeros" in form.parts else None)
+    order = torch.randperm(matrix.shape[-1]).to(torch.int32) if "order" in form.parts else None
+    return Integers(numbers, scales, torch.zeros_like(scales) if "zeros" in form.parts else None, order)
 
 
 def _working(calls: Mapping[str, Callable[[], Any]]) -> dict[str, Callable[[], Any]]:

@@ -23,7 +23,7 @@ MAX_INPUTS = 1 << 16
 
 _w8a8 = cpp.Kernel("linear_w8a8", "ppppppppllll")
 _w8a16 = cpp.Kernel("linear_w8a16", "ppppppppllll")
-_w4a8 = cpp.Kernel("linear_w4a8", "ppppppplpplllll")
+_w4a8 = cpp.Kernel("linear_w4a8", "ppppppppplpplllll")
 _corrections = cpp.Kernel("corrections", "pplll")
 _byte_rows = cpp.Kernel("byte_rows", "pppplll")
 
@@ -54,12 +54,14 @@ class HalfBytePanels:
     """[panels, groups, 64], bfloat16 where that is exact, else float32."""
     offsets: Tensor | None
     """The same, of what a number is too large by, times its scale; None: by 8."""
+    order: Tensor | None
+    """int32, which column of the matrix each of the panels is; None: the same one."""
     num_outputs: int
     num_inputs: int
 
     @property
     def nbytes(self) -> int:
-        return self.data.nbytes + self.scales.nbytes + (0 if self.offsets is None else self.offsets.nbytes)
+        return sum(part.nbytes for part in (self.data, self.scales, self.offsets, self.order) if part is not None)
 
 
 def pack_bytes(weight: Integers, call: Mapping[str, Any] | None = None) -> BytePanels:
@@ -80,9 +82,8 @@ def pack_half_bytes(weight: Integers, call: Mapping[str, Any] | None = None) -> 
     by_panel = [_by_panel(weight.scales), *([] if offsets is None else [_by_panel(offsets)])]
     if all(torch.equal(part.bfloat16().float(), part) for part in by_panel):
         by_panel = [part.bfloat16() for part in by_panel]
-    return HalfBytePanels(
-        pack_words(words), by_panel[0], by_panel[1] if weight.zeros is not None else None, num_outputs, num_inputs
-    )
+    offsets = None if offsets is None else by_panel[1]
+    return HalfBytePanels(pack_words(words), by_panel[0], offsets, weight.order, num_outputs, num_inputs)
 
 
 def _by_panel(scales: Tensor) -> Tensor:
@@ -114,9 +115,9 @@ def linear_w4a8(x: Tensor, weight: HalfBytePanels, bias: Tensor | None = None) -
     """As `linear`, each group of columns of a row of x rounded to 8 bits by a scale of its own."""
     x, rows, groups = x.contiguous(), x.numel() // weight.num_inputs, weight.scales.shape[1]
     out = x.new_empty((*x.shape[:-1], weight.num_outputs))
-    codes = x.new_empty(x.numel(), dtype=torch.uint8)
+    codes, in_order = x.new_empty(x.numel(), dtype=torch.uint8), None if weight.order is None else x.new_empty(x.shape)
     scales, sums = x.new_empty(rows * groups, dtype=torch.float32), x.new_empty(rows * groups, dtype=torch.int32)
-    pointers = (x, codes, scales, sums, weight.data, weight.scales, weight.offsets)
+    pointers = (x, weight.order, in_order, codes, scales, sums, weight.data, weight.scales, weight.offsets)
     is_short, sizes = weight.scales.dtype == torch.bfloat16, (rows, weight.num_outputs, weight.num_inputs, groups)
     _w4a8(*map(_pointer, pointers), is_short, _pointer(bias), _pointer(out), *sizes, torch.get_num_threads())
     return out
@@ -164,10 +165,15 @@ def _multiply(multiply: Callable[..., Tensor], panels: Any, x: Tensor, bias: Ten
 
 def _against_half_bytes(form: Format) -> list[str]:
     checks = {
-        f"the weights are {form.name}": not form.is_integers or form.bits != 4,
+        f"the weights are {form.name}": not form.without_order.is_integers or form.bits != 4,
         f"groups of {form.block[1]} columns are no multiple of 8": form.block[1] % 8 > 0,
     }
     return [reason for reason, holds in checks.items() if holds]
+
+
+def _against_experts(against: Callable[[Format], list[str]], form: Format) -> list[str]:
+    """Those against a format for linear layers, which read their inputs in the order of the columns, and this one."""
+    return against(form) or (["their columns are in any order"] if "order" in form.parts else [])
 
 
 def _against_bytes(target: Any, *tensors: Tensor | None) -> list[str]:
@@ -206,8 +212,8 @@ for _name, _linear, _moe, _pack, _multiple, _against in (
     ("cpp_w8a8", linear_w8a8, moe_w8a8, pack_bytes, 4, partial(against_bytes, rounds=True)),
 ):
     linear_op.register(Provider(_name, _linear, partial(_against_linear, _multiple), {"weight": _pack}, _against))
-    _experts = partial(_pack_experts, _pack, _linear)
-    moe.register(Provider(_name, _moe, partial(_against_moe, _multiple), {"gate_up": _experts, "down": _experts}, _against))
+    _packs, _for_experts = partial(_pack_experts, _pack, _linear), partial(_against_experts, _against)
+    moe.register(Provider(_name, _moe, partial(_against_moe, _multiple), {"gate_up": _packs, "down": _packs}, _for_experts))
 embedding_op.register(
     Provider("cpp_w8", byte_embedding, _against_table, {"weight": pack_bytes}, partial(against_bytes, rounds=False))
 )

@@ -43,4 +43,5 @@ def _sample(shape: tuple[int, ...], form: Format) -> Integers:
     scales = torch.linspace(0.5, 0.999, prod(shape[:-1]) * groups).to(precise).float().reshape(*shape[:-1], groups)
     numbers = torch.zeros(shape, dtype=torch.float8_e4m3fn if form.is_fp8 else torch.int8)
     zeros: Tensor | None = torch.ones_like(scales) if "zeros" in form.parts else None
-    return Integers(numbers, scales, zeros)
+    order = torch.zeros(shape[-1], dtype=torch.int32) if "order" in form.parts else None
+    return Integers(numbers, scales, zeros, order)

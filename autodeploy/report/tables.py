@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from autodeploy.formats import told
 from autodeploy.program import Program
 from autodeploy.report.markup import num_bytes
 from autodeploy.report.timeline import Timeline
@@ -49,12 +50,12 @@ def _cut_formats(program: Program) -> dict[str, str]:
         forms = program.weights.formats_in(name)
         if forms <= {None} or program.weights.format_of(name) is not None:
             continue
-        shown = sorted({str(form or "dense") for form in forms})
         if len(forms) > 1:
-            how = " and ".join(shown) if len(shown) > 1 else f"{shown[0]} of several kinds"
-            found[name] = f"dense, since its parts are stored in several formats ({how})"
+            found[name] = f"dense, since its parts are stored in several formats ({told(forms)})"
         else:
-            found[name] = f"dense, since not all of a matrix in {shown[0]} is read, or not as it is stored"
+            (form,) = forms
+            cut = f"not all of a matrix in {form} is read, or not as it is stored"
+            found[name] = f"dense, since {'its columns are in any order' if form and 'order' in form.parts else cut}"
     return found
 
 

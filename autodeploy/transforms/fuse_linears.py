@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import fx
 
+from autodeploy.formats import told
 from autodeploy.program import Program
 from autodeploy.recipes import Cat
 from autodeploy.specs import Target
@@ -29,16 +31,15 @@ class FuseLinears(Transform):
     effect: ClassVar[Effect] = Effect.PARAMETERS
 
     def apply(self, program: Program, target: Target) -> int:
-        groups: dict[Any, list[fx.Node]] = defaultdict(list)
+        groups: dict[Any, dict[Any, list[fx.Node]]] = defaultdict(lambda: defaultdict(list))
         for node in calls(program, aten.linear.default):
             if _fusable(node):
-                weight: Any = node.args[1]
-                stored = program.weights.format_of(str(weight.target))
-                groups[node.args[0], _bias(node) is None, val(weight).dtype, stored].append(node)
-        fused = [group for group in groups.values() if len(group) > 1]
-        for group in fused:
-            _fuse(program, group)
-        return len(fused)
+                stored = program.weights.format_of(_name(node))
+                kind = _name(node) if stored is not None and "order" in stored.parts else stored  # each has an order of its own
+                groups[node.args[0], _bias(node) is None, val(node.args[1]).dtype][kind].append(node)
+        for by_format in groups.values():
+            _remark(program, [_name(group[0]) if len(group) == 1 else _fuse(program, group) for group in by_format.values()])
+        return sum(len(group) > 1 for by_format in groups.values() for group in by_format.values())
 
 
 def _bias(node: fx.Node) -> Any:
@@ -52,7 +53,25 @@ def _fusable(node: fx.Node) -> bool:
     return alone and not node.kwargs
 
 
-def _fuse(program: Program, group: list[fx.Node]) -> None:
+def _name(linear: fx.Node) -> str:
+    weight: Any = linear.args[1]
+    return str(weight.target)
+
+
+def _remark(program: Program, weights: Sequence[str]) -> None:
+    """Say which of these are not joined, though they belong to one module, since they are stored in several formats."""
+    modules: dict[str, list[str]] = defaultdict(list)
+    for name in weights:
+        modules[name.rsplit(".", 2)[0]].append(name)
+    for names in modules.values():
+        formats = {program.weights.format_of(name) for name in names}
+        if len(formats) > 1:
+            reason = f"not joined, since what reads the same is stored in several formats ({told(formats)})"
+            program.remarks |= dict.fromkeys(names, reason)
+
+
+def _fuse(program: Program, group: list[fx.Node]) -> str:
+    """The name of the joined weight."""
     first = group[0]
     joined = [_join(program, first, [node.args[i] for node in group]) for i in ((1,) if _bias(first) is None else (1, 2))]
     product = insert_call(program, first, aten.linear.default, first.args[0], *joined)
@@ -62,6 +81,7 @@ def _fuse(program: Program, group: list[fx.Node]) -> None:
         node.replace_all_uses_with(insert_call(program, first, operator.getitem, parts, i))
     erase_unused(*group)
     pass_on_strides(program, [user for part in parts.users for user in part.users])
+    return str(joined[0].target)
 
 
 def _join(program: Program, before: fx.Node, parameters: list[Any]) -> fx.Node:

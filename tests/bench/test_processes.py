@@ -1,5 +1,6 @@
 """Workers, watches and where peers are: real processes."""
 
+import json
 import runpy
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 from transformers import Gemma3TextConfig
 
+import autodeploy
 from autodeploy.bench.metrics import RequestTimes, RunTimes
 from autodeploy.bench.peers import Engine, find, variable
 from autodeploy.bench.plot import Bars, bar_chart
@@ -18,6 +20,7 @@ from autodeploy.bench.watch import Watch
 from autodeploy.bench.worker import WORKERS, Worker, WorkerError
 from autodeploy.errors import ConfigError
 
+DEMO = Path(autodeploy.__file__).parent / "demo_model"
 BUSY = "import time\nuntil = time.monotonic() + 60\nwhile time.monotonic() < until: pass"
 LARGE = "print(end='', flush=True); held = bytearray(b'x') * 200_000_000; print(len(held), flush=True); input()"
 
@@ -78,11 +81,12 @@ def test_a_worker_that_does_not_answer_is_ended(tmp_path: Path) -> None:
 
 
 def test_engines_that_are_not_there_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("vllm", "openvino", "llamacpp"):
+    for name in ("vllm", "openvino", "ort", "llamacpp"):
         monkeypatch.delenv(variable(name), raising=False)
-    found, absent = find("hf,hf-cb,vllm,openvino,llamacpp", ["vllm=/nowhere/python", "llamacpp=/nowhere"])
+    found, absent = find("hf,hf-cb,vllm,openvino,ort,llamacpp", ["vllm=/nowhere/python", "ort=/no", "llamacpp=/nowhere"])
     assert [engine.name for engine in found][:2] == ["hf", "hf-cb"]
     assert absent["vllm"] == "not installed: there is no /nowhere/python"
+    assert absent["ort"] == "not installed: there is no /no"
     assert variable("llamacpp") in absent["llamacpp"]
     with pytest.raises(ConfigError, match="Did you mean 'vllm'"):
         find("vlm", [])
@@ -175,6 +179,35 @@ def test_a_command_that_fails_is_reported_by_its_last_words(tmp_path: Path) -> N
     failed = pytest.raises(WorkerError, match=r"llamacpp: python\S* ended with code 1: not this model")
     with Worker("llamacpp", environment={variable("llamacpp"): str(tmp_path)}) as worker, failed:
         worker.ask("prepare", model=str(tmp_path), bits=16)
+
+
+def test_ort_without_its_builder_says_so(tmp_path: Path) -> None:
+    failed = pytest.raises(WorkerError, match=r"ort: python\S* ended with code 1: .*onnxruntime_genai")
+    with Worker("ort", environment={"PYTHONPATH": ""}) as worker, failed:
+        worker.ask("prepare", model=str(tmp_path), bits=4)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("bits", [16, 4])
+def test_ort_serves_waves_past_the_end_of_sequence(bits: int, tmp_path: Path) -> None:
+    """Where it is installed. The head is tied, so random weights say the last token again: the end of sequence."""
+    engines, absent = find("ort", [])
+    if not engines:
+        pytest.skip(absent["ort"])
+    end = json.loads((DEMO / "config.json").read_text())["vocab_size"] - 1
+    with Worker("model") as writer:
+        writer.ask("write", config=str(DEMO), folder=str(tmp_path), num_layers=1)
+    with Worker("ort", engines[0].python) as worker:
+        worker.ask("prepare", model=str(tmp_path), bits=bits)
+        assert worker.ask("load", model=str(tmp_path), threads=1, options={"bits": bits})["versions"].keys() == {
+            "onnxruntime",
+            "onnxruntime_genai",
+        }
+        requests = worker.ask("run", prompts=[[3, 4, end]] * 3, output_len=5, concurrency=2)["requests"]
+    assert [len(request["tokens"]) for request in requests] == [5, 5, 5]
+    assert requests[0] == requests[1] and requests[1]["tokens"][-1] <= requests[2]["submitted"] < requests[2]["tokens"][0]
+    assert all(request["tokens"] == sorted(request["tokens"]) for request in requests)
 
 
 def test_a_picture_has_a_bar_per_value_and_a_line_per_limit() -> None:

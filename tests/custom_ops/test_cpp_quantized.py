@@ -105,6 +105,18 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(kind: str) -> None:
 
 
 @needs_byte_kernels
+@pytest.mark.parametrize("kind", ["w4a8", "w4a8, zeros"])
+def test_columns_in_any_order_meet_their_inputs(kind: str) -> None:
+    form, pack, linear, _ = KINDS[kind]
+    x, weight, order = torch.randn(300, 1184).bfloat16(), matrix(200, 1184, form)[0], torch.randperm(1184)
+    packed, plain = pack(replace(weight, order=order.to(torch.int32))), pack(weight)
+    assert packed.nbytes == plain.nbytes + 4 * 1184
+    for rows in (1, 3, 300):
+        assert torch.equal(linear(x[:rows], packed), linear(x[:rows, order], plain))
+    assert not torch.equal(linear(x, packed), linear(x, plain))
+
+
+@needs_byte_kernels
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_of_nothing_and_of_what_is_no_number(kind: str) -> None:
     form, pack, linear, _ = KINDS[kind]
@@ -151,6 +163,7 @@ def test_which_kernel_a_format_gets_and_why_not_another() -> None:
     assert choice(SCHEMES["w8a8"], x, weight) == ("cpp_w8a8", {})
     assert choice(SCHEMES["int8"], x, weight) == ("cpp_w8a16", {"cpp_w8a8": ["activations may not be rounded"]})
     assert choice(SCHEMES["int4"], x, weight)[0] == "cpp_w4a8"
+    assert choice(replace(SCHEMES["int4"], parts=("codes", "scales", "order")), x, weight)[0] == "cpp_w4a8"
     for form, reason in {
         SCHEMES["fp8"]: "the weights are fp8",
         replace(SCHEMES["int8"], block=(1, 32)): "groups of columns",

@@ -182,8 +182,9 @@ inline void multiply_panel(const Groups& g, int64_t top, int64_t rows, int64_t p
 }
 
 // Weights of four bits with a scale (float or, where `is_short`, bfloat16) to each group of a row's columns; x of bytes, each group of a
-// row with a scale of its own. q [M][K], x_scales [M][groups] and x_sums [M][groups] are room to work in.
-EXPORT void autodeploy_linear_w4a8(const bf16* x, uint8_t* q, float* x_scales, int32_t* x_sums, const char* packed, const void* scales,
+// row with a scale of its own. Where there is an order [K], the columns of the weight are those of x in that order. sorted [M][K], q [M][K],
+// x_scales [M][groups] and x_sums [M][groups] are room to work in.
+EXPORT void autodeploy_linear_w4a8(const bf16* x, const int32_t* order, bf16* sorted, uint8_t* q, float* x_scales, int32_t* x_sums, const char* packed, const void* scales,
                                    const void* offsets, int64_t is_short, const bf16* bias, bf16* out, int64_t M, int64_t N, int64_t K,
                                    int64_t groups, int64_t threads) {
     const Groups g{q, x_scales, x_sums, packed, scales, offsets, K, groups};
@@ -191,8 +192,13 @@ EXPORT void autodeploy_linear_w4a8(const bf16* x, uint8_t* q, float* x_scales, i
     in_team(threads, [&] {
         parallel(threads, M * groups, [&](int64_t first, int64_t last) {
             for (int64_t i = first; i < last; i++) {
-                x_scales[i] = scale_of(x + i * size, size, 127);
-                x_sums[i] = quantize(x + i * size, size, x_scales[i], [&](int64_t k, __mmask16 mask, __m512i numbers) {
+                const bf16* from = (order ? sorted : x) + i * size;
+                if (order) {
+                    const bf16* row = x + i / groups * K;
+                    for (int64_t k = 0; k < size; k++) sorted[i * size + k] = row[order[i % groups * size + k]];
+                }
+                x_scales[i] = scale_of(from, size, 127);
+                x_sums[i] = quantize(from, size, x_scales[i], [&](int64_t k, __mmask16 mask, __m512i numbers) {
                     _mm_mask_storeu_epi8(q + i * size + k, mask, _mm512_cvtepi32_epi8(numbers));
                 });
             }
