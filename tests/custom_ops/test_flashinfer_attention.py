@@ -113,7 +113,8 @@ def layer(dtype: torch.dtype = torch.bfloat16, head_dim: int = 128, **call: Any)
     sizes = {"q": (1, 4, 3, head_dim), "cache": (40, PAGE, 2, 2 * head_dim)}
     given: dict[str, Any] = {name: torch.empty(size, dtype=dtype, device="meta") for name, size in sizes.items()}
     numbers = {"scale": 0.1, "window": 0, "softcap": 0.0, "head_dim_v": head_dim, "chunk": 0, "alibi": None, "sinks": None}
-    tables = dict.fromkeys(("page_table", "cu_seqlens_q", "seq_lens"))
+    tables = {"page_table": torch.zeros(1, 8, dtype=torch.int64)}
+    tables |= {name: torch.zeros(2, dtype=torch.int32) for name in ("cu_seqlens_q", "seq_lens")}
     return {**given, **tables, **numbers, **call}
 
 
