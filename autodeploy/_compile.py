@@ -82,8 +82,12 @@ def compile_observed(args: LLMArgs, *observers: Observer, timeline: Timeline | N
             return compile_observed(_calibrated(args, Path(folder) / "quantized", timeline), *observers, timeline=timeline)
     if args.backend == "pytorch":
         pipeline_of(args)  # a wrong one is refused all the same
-        rounds = {"quantization": args.quantization is not None, "kv_cache_config.dtype": args.kv_cache_config.dtype != "auto"}
-        for option in (option for option, is_given in rounds.items() if is_given):
+        others = {
+            "quantization": args.quantization is not None,
+            "kv_cache_config.dtype": args.kv_cache_config.dtype != "auto",
+            "attention_backend": args.attention_backend != "auto",
+        }
+        for option in (option for option, is_given in others.items() if is_given):
             raise ConfigError(f"backend='pytorch' runs the model as it is; leave '{option}' out, or use backend='autodeploy'")
         return _eager(args, timeline)
     if args.mesh.size > 1:
@@ -153,6 +157,7 @@ def pipeline_of(args: LLMArgs) -> Pipeline:
         args.kv_cache_config.dtype,
         args.shard_plan,
         args.autotune,
+        args.attention_backend,
     )
 
 

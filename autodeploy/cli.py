@@ -39,6 +39,7 @@ DEMO_MODEL = Path(__file__).parent / "demo_model"
 Model = Annotated[str, typer.Argument(help="A checkpoint folder.")]
 Backend = Annotated[str, typer.Option(help="autodeploy, or pytorch for the eager reference.")]
 Dtype = Annotated[str, typer.Option(help="Element type of weights and activations; auto is the checkpoint's.")]
+Attention = Annotated[str, typer.Option("--attention-backend", help="auto, flashinfer, triton, cpp or torch.")]
 Plugins = Annotated[
     list[str] | None, typer.Option("--plugin", help="An installed plugin, or module:function; may be given several times.")
 ]
@@ -109,6 +110,7 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per prompt.")] = False,
     backend: Backend = "autodeploy",
     dtype: Dtype = "auto",
+    attention_backend: Attention = "auto",
     plugins: Plugins = None,
     pipeline_file: PipelineFile = None,
     settings: Settings = None,
@@ -120,7 +122,7 @@ def generate(
     from autodeploy import LLM
 
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, stop=stop)
-    passes = _passes(plugins, pipeline_file, settings, verify)
+    passes = {"attention_backend": attention_backend, **_passes(plugins, pipeline_file, settings, verify)}
     with LLM(model, backend=backend, dtype=dtype, tokenizer=tokenizer, program_cache=program_cache, **passes) as llm:
         outputs = _chat(llm, prompt, params) if chat else llm.generate(prompt, params)
     for text, output in zip(prompt, outputs, strict=True):
@@ -359,6 +361,7 @@ def report(
     model: Model,
     output: Annotated[Path, typer.Option("--output", "-o", help="The file to write.")] = Path("report.html"),
     dtype: Dtype = "auto",
+    attention_backend: Attention = "auto",
     max_batch_size: Annotated[int | None, typer.Option(help="The most requests running at once.", min=1)] = None,
     max_seq_len: Annotated[int | None, typer.Option(help="The most tokens of one request; absent, the model's.", min=1)] = None,
     plugins: Plugins = None,
@@ -372,7 +375,7 @@ def report(
     from autodeploy.plugins import foreign_passes
     from autodeploy.report import html
 
-    given: dict[str, Any] = {"max_batch_size": max_batch_size, "max_seq_len": max_seq_len}
+    given: dict[str, Any] = {"max_batch_size": max_batch_size, "max_seq_len": max_seq_len, "attention_backend": attention_backend}
     sizes = {name: value for name, value in given.items() if value is not None}
     args = LLMArgs(model=model, dtype=dtype, **sizes, **_passes(plugins, pipeline_file, settings, verify))
     before = html.Before()

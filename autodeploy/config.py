@@ -342,6 +342,7 @@ class LLMArgs(_Options):
         "max_num_batched_tokens": "max_num_tokens",
         "max_model_len": "max_seq_len",
         "enable_autotuner": "autotune",
+        "attn_backend": "attention_backend",
     }
     _LATER = _only_neutral(
         "revision tokenizer_revision hf_token hf_overrides cp_config enable_expert_parallel "
@@ -359,8 +360,6 @@ class LLMArgs(_Options):
         data_parallel_size=(1,),
         max_beam_width=(1,),
         cpu_offload_gb=(0,),
-        attn_backend=("auto",),
-        attention_backend=("auto",),
         sampler_type=("auto",),
         stream_interval=(1,),
         num_postprocess_workers=(0,),
@@ -436,6 +435,10 @@ class LLMArgs(_Options):
         default=False,
         description="whether kernels that may take each other's place are timed at the first start, and the fastest are taken",
     )
+    attention_backend: Literal["auto", "flashinfer", "triton", "cpp", "torch"] = Field(
+        default="auto",
+        description="who computes attention: flashinfer or triton on GPUs, cpp on CPUs, torch anywhere; auto is what serves best",
+    )
     program_cache: bool | Path = Field(
         default=True,
         description="whether lowered programs of checkpoint folders are stored and used again, or the folder for them",
@@ -457,6 +460,15 @@ class LLMArgs(_Options):
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(value)):
             raise ValueError("no such device")
         return str(value)
+
+    @field_validator("attention_backend", mode="before")
+    @classmethod
+    def _known_attention(cls, value: object) -> object:
+        known = get_args(cls.model_fields["attention_backend"].annotation)
+        name = "auto" if value is None else str(value).lower()
+        if name not in known:
+            raise ValueError(f"it is none of {', '.join(known)}.{did_you_mean(name, known)}")
+        return name
 
     @field_validator("quantization", mode="before")
     @classmethod

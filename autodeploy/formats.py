@@ -99,6 +99,8 @@ class Format:
     """Of nf4: numbers that share a scale, scales that share one, and what they are too small by."""
     activations: int = 0
     """Bits to which what is multiplied with the matrix may be rounded, each row by itself as it comes; 0: not at all."""
+    turned: bool = False
+    """Of a tensor of the model: whether it is [..., K, N], matrices of this format the other way round."""
 
     def __str__(self) -> str:
         return self.name

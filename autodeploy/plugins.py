@@ -23,6 +23,7 @@ from autodeploy.transforms.default import default_pipeline
 from autodeploy.transforms.pipeline import Pipeline
 from autodeploy.transforms.quantize import QuantizeWeights
 from autodeploy.transforms.quantize_cache import QuantizeCache
+from autodeploy.transforms.select_kernels import refuse_attention
 
 GROUP = "autodeploy.plugins"
 Plugin = Callable[[Pipeline], Pipeline]
@@ -36,6 +37,7 @@ def edited_pipeline(
     cache_dtype: str = "auto",
     shard_plan: Mapping[str, str] | None = None,
     autotune: bool = False,
+    attention: str = "auto",
 ) -> Pipeline:
     """The default pipeline or the one given, as the plugins and then the function given edit it. Raises ConfigError."""
     quantize = None if quantization is None else QuantizeWeights(**quantization.rounding)
@@ -50,6 +52,9 @@ def edited_pipeline(
         default = default.configure("shard", rules=shard_plan)
     if autotune:
         default = default.configure("select_kernels", autotune=True)
+    if attention != "auto":
+        refuse_attention(attention, target)  # before a model is traced
+        default = default.configure("select_kernels", attention=attention)
     edited = apply_plugins(default, plugins)
     if given is None or isinstance(given, Pipeline):
         return edited

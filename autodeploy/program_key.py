@@ -25,7 +25,7 @@ from autodeploy.checkpoint import MODELOPT_FILE, SETTINGS, CheckpointSource, raw
 from autodeploy.config import LLMArgs
 from autodeploy.custom_ops import SEMANTIC_OPS
 from autodeploy.custom_ops.attention_backend import ATTENTION_BACKENDS
-from autodeploy.custom_ops.timings import environment_of, key_of
+from autodeploy.custom_ops.timings import environment_of, kernel_packages, key_of
 from autodeploy.program_store import Facts
 from autodeploy.recipes import Take
 from autodeploy.specs import Target
@@ -65,6 +65,7 @@ def facts_of(args: LLMArgs, target: Target, passes: Iterable[Any] | None, source
         "torch": f"{torch.__version__} {torch.version.git_version}",
         "transformers": version("transformers"),
         "machine": _machine(target.device),
+        "packages of kernels": json.dumps(kernel_packages(), sort_keys=True),
         "environment": json.dumps(_environment(), sort_keys=True),
         "passes": "default" if passes is None else json.dumps([_describe_pass(item) for item in passes], sort_keys=True),
         "plugins": json.dumps(args.plugins),

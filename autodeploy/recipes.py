@@ -13,6 +13,8 @@ from autodeploy.errors import CheckpointError
 from autodeploy.formats import BrokenPartError, Format, Integers
 
 T = TypeVar("T")
+TURNED = (0, 2, 1)
+"""The dims of matrices [E, N, K] as they are permuted to [E, K, N]."""
 Ranges = tuple[tuple[tuple[int, int], ...], ...]
 """Of each rank, the (start, stop) that it has of a dim, in the order in which they lie there; (-n, 0) stands for n zeros."""
 
@@ -313,18 +315,34 @@ def evaluate(recipe: Recipe, fetch: Fetch) -> Tensor:
     return recipe.apply(*(evaluate(source, fetch) for source in recipe.sources))
 
 
-def format_of(recipe: Recipe, stored: Mapping[str, Format]) -> Format | None:
+def turned(recipe: Recipe) -> Recipe:
+    """The recipe of the same matrices the other way round: without the step that turned them, if there is one."""
+    match recipe:
+        case Permute(source, dims) if dims == TURNED:
+            return source
+        case Cast(source, dtype):
+            return Cast(turned(source), dtype)
+        case _:
+            return Permute(recipe, TURNED)
+
+
+def format_of(recipe: Recipe, stored: Mapping[str, Format], is_turned: bool = False) -> Format | None:
     """The one format in which all numbers of a recipe's tensor are to be had; None where there is none.
 
-    stored: formats of the tensors that `Take` names, where these are not dense.
+    stored: formats of the tensors that `Take` names, where these are not dense. is_turned: of its matrices the other way round.
     """
     match recipe:
         case Take(name):
-            return stored.get(name)
+            form = stored.get(name)
+            return replace(form, turned=False) if form is not None and form.turned == is_turned else None
+        case Cast(source):
+            return format_of(source, stored, is_turned)
+        case Permute(source, dims) if dims == TURNED:
+            return format_of(source, stored, not is_turned)
+        case _ if is_turned:
+            return None
         case Dequantize() | Quantize():
             return recipe.format
-        case Cast(source):
-            return format_of(source, stored)
         case Shard(source, dim, ranges):
             form = format_of(source, stored)
             return form if form is None or dim < -1 or _keeps_groups(form, ranges) else None
@@ -389,6 +407,8 @@ def substitute(recipe: Recipe, leaves: Mapping[str, Recipe]) -> Recipe:
     match recipe:
         case Take(name):
             return leaves.get(name, recipe)
+        case Permute(source, dims) if dims == TURNED:
+            return turned(substitute(source, leaves))
         case Unary():
             return replace(recipe, source=substitute(recipe.source, leaves))
         case Join():

@@ -56,9 +56,9 @@ class WeightPlan:
     def without(self, names: set[str]) -> WeightPlan:
         return replace(self, recipes={name: recipe for name, recipe in self.recipes.items() if name not in names})
 
-    def format_of(self, name: str) -> Format | None:
-        """The format of a parameter, all of it; None: it is dense, or in several."""
-        return format_of(self.recipes[name], self.formats)
+    def format_of(self, name: str, is_turned: bool = False) -> Format | None:
+        """The format of a parameter, all of it; None: it is dense, or in several. is_turned: of its matrices, turned."""
+        return format_of(self.recipes[name], self.formats, is_turned)
 
     def formats_in(self, name: str) -> set[Format | None]:
         """The formats of the parts of a parameter (None: dense)."""

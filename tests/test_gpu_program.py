@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from autodeploy import QuantConfig, SamplingParams, default_pipeline
 from autodeploy._compile import CompiledModel
@@ -19,7 +20,7 @@ from autodeploy.report.tables import describe
 from autodeploy.report.timeline import Timeline
 from autodeploy.transforms.quantize import QuantizeWeights
 from autodeploy.transforms.quantize_cache import QuantizeCache
-from tests.capture.test_quantized import BY_NAME, LLAMA, write
+from tests.capture.test_quantized import BY_NAME, LLAMA, write, write_gpt_oss
 from tests.custom_ops.triton_ops import CUDA
 from tests.models.families import make_model
 from tests.transforms.test_quantize import rounded_model
@@ -106,6 +107,30 @@ def test_quantized_checkpoints_stay_so(name: str, provider: str, tmp_path: Path)
         found[folder] = compiled(torch.tensor([[5, 6, 7, 8]]))
         compiled.shutdown()
     assert (found[quantized] - found[dense]).norm() / found[dense].norm() < 0.05
+
+
+def served_alike(quantized: Path, dense: Path, provider: str) -> None:
+    """Experts stay in few bits: logits are those of float32 on the dense checkpoint, tokens those of its program."""
+    ids, tokens, params = torch.tensor([[5, 6, 7, 8]]), [], SamplingParams(max_tokens=3, ignore_eos=True)
+    with torch.no_grad():
+        exact = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)(ids).logits
+    for folder, name in ((quantized, provider), (dense, "triton")):
+        compiled = compiled_for_gpu(str(folder), default_pipeline(CUDA), dtype="bfloat16")
+        assert {choice.provider for choice in compiled.program.providers["moe"]} == {name}
+        assert (compiled(ids) - exact).norm() / exact.norm() < 0.05
+        tokens.append([output.outputs[0].token_ids for output in compiled.generate(PROMPTS[:2], params)])
+        compiled.shutdown()
+    assert tokens[0] == tokens[1]
+
+
+def test_gpt_oss_keeps_its_experts_in_mxfp4(tmp_path: Path) -> None:
+    served_alike(*write_gpt_oss(tmp_path, num_hidden_layers=1, layer_types=["sliding_attention"]), "triton_fp4")
+
+
+@pytest.mark.parametrize(("name", "provider"), [("block fp8", "triton_fp8"), ("gptq", "triton_w4a16")])
+def test_qwen3_moe_keeps_its_experts_in_few_bits(name: str, provider: str, tmp_path: Path) -> None:
+    model = make_model("qwen3_moe", moe_intermediate_size=64, num_hidden_layers=1)
+    served_alike(*write(tmp_path, BY_NAME[name], model), provider)
 
 
 def test_a_machine_without_a_gpu_imports_none_of_it() -> None:

@@ -320,8 +320,7 @@ def test_experts_of_gpt_oss_are_counted_as_their_provider_holds_them(tmp_path: P
     assert leaves == {f"{name}.{part}" for name in experts for part in ("codes", "scales")}
     uses, sizes = parameter_uses(program), stored_bytes(program)
     for name in experts:
-        dense = program.parameter(name).nbytes
-        assert sizes[name] == dense if uses[name].dense else sizes[name] < dense / 2
+        assert not uses[name].dense and sizes[name] < program.parameter(name).nbytes / 3
 
 
 def test_devices_name_their_sources_and_read_in_order() -> None:

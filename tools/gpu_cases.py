@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from importlib import import_module
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -13,7 +12,6 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from autodeploy import custom_ops as ops
-from autodeploy.custom_ops.attention_backend import ATTENTION_BACKENDS
 from autodeploy.custom_ops.op import Provider, call_arguments
 from autodeploy.formats import SCHEMES, Format, Integers
 from autodeploy.specs import SCALE_BYTES, SCALED_DTYPES, Target
@@ -23,6 +21,8 @@ ROUNDING = 2.0
 LIMITS = {torch.bfloat16: 1e-3, torch.float16: 2e-4, torch.float32: 2e-6}
 """Relative errors that are always near enough."""
 FLOATS = (torch.bfloat16, torch.float32)
+STEP = ("page_table", "cu_seqlens_q", "seq_lens")
+"""Arguments of paged attention that are planned with."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,8 @@ class Case:
     stored: Mapping[str, Format | None] = field(default_factory=dict)
     limit: float = 0.0
     """Relative error that is near enough, where activations are rounded."""
+    provider: str = ""
+    """Which one, where it is not the one that the device would use."""
 
     @property
     def name(self) -> str:
@@ -108,9 +110,14 @@ class Outcome:
 
 
 def examine(case: Case, draw: Draw) -> Outcome:
-    """Run the provider that the device would use, and the reference in its dtype and in float64."""
+    """Run the provider that the device would use, or that is named, and the reference in its dtype and in float64."""
     args = case.make(draw)
     provider, against = case.op.choose(Target(draw.device), *_dense(args), parameters=case.stored)
+    if case.provider:
+        provider, against = case.op.named(case.provider), {}
+    if provider.plan is not None:
+        call = call_arguments(case.op.overload, args, {})
+        provider.plan({name: call[name].cpu().numpy() for name in STEP})
     ours = _results(case.op, provider.function, *_given(case.op, provider, args))
     plain = _results(case.op, case.op.reference, _dense(args))
     exact = _results(case.op, case.op.reference, tree_map_only(Tensor, _wide, _dense(args, torch.float64)))
@@ -207,21 +214,6 @@ def _attention(kind: str, *, window: int = 0, softcap: float = 0.0, sinks: bool 
         return q, cache, table, bounds, seq_lens, sink, s.head_dim**-0.5, window, softcap, s.head_dim
 
     return make
-
-
-def _flashinfer(kind: str, label: str, **settings: Any) -> Case:
-    """The same, planned on the host beforehand as a step is. Models are not served by it: its plugin would ask for that."""
-    before = list(ATTENTION_BACKENDS)
-    module = import_module("autodeploy.custom_ops.flashinfer_attention")
-    ATTENTION_BACKENDS[:] = before
-
-    def make(draw: Draw) -> Args:
-        args = _attention(kind, **settings)(draw)
-        names = ("page_table", "cu_seqlens_q", "seq_lens")
-        module.BACKEND.plan({name: args[2 + i].cpu().numpy() for i, name in enumerate(names)})
-        return args
-
-    return Case(module.flashinfer_attention, f"{kind}{label}", make, (torch.bfloat16,))
 
 
 def _latent(draw: Draw) -> Args:
@@ -393,9 +385,9 @@ def cases() -> Iterator[Case]:
         yield Case(ops.paged_attention, f"{kind}, sinks and softcap", _attention(kind, sinks=True, softcap=20.0))
     if find_spec("flashinfer") is not None:
         for kind in ("decode", "prefill", "mixed"):
-            yield _flashinfer(kind, "")
-            yield _flashinfer(kind, ", window", window=13)
-            yield _flashinfer(kind, ", sinks", sinks=True)
+            for label, settings in {"": {}, ", window": {"window": 13}, ", sinks": {"sinks": True}}.items():
+                case = Case(ops.paged_attention, f"flashinfer, {kind}{label}", _attention(kind, **settings), (torch.bfloat16,))
+                yield replace(case, provider="flashinfer")
     yield Case(ops.paged_attention, "decode, latent", _latent)
     yield Case(ops.paged_attention, "decode, int8 cache", _int8_attention)
     for kind in ("decode", "prefill"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 import autodeploy
 from autodeploy import CompiledModel, SamplingParams
+from autodeploy.executor.cuda_graphs import LaunchedStep
 from autodeploy.specs import bytes_per_token
 from tools.gpu_rows import Check, free, measure_limits, providers, switch_graphs
 
@@ -163,37 +165,56 @@ def _compiled(model: Any, device: str, load: Load) -> CompiledModel:
 
 @dataclass
 class Step:
-    """One step of the executor. Seconds: all of it, and those in which the host waited for the device."""
+    """One step of the executor. Seconds: all of it, and those in which the host waited for the device.
+
+    launched: it started before the tokens of the one before it were known, for which it then waited.
+    """
 
     num_tokens: int
     num_requests: int
     seconds: float
     waited: float
+    launched: bool
 
 
 class StepWatch:
-    """Notes every step of an executor, from the outside."""
+    """Notes every step of an executor, from the outside, whether it waits for its own logits or for the tokens before."""
 
     def __init__(self, compiled: CompiledModel, is_gpu: bool) -> None:
         self.steps: list[Step] = []
-        self._is_gpu, self._is_running, self._waited, self._shape = is_gpu, False, 0.0, (0, 0)
+        self._is_gpu, self._is_running, self._waited, self._shape, self._launched = is_gpu, False, 0.0, (0, 0), False
         executor: Any = compiled.executor
         self._step, self._forward = executor.step, compiled.runner.forward
         executor.step, compiled.runner.forward = self._timed_step, self._watched_forward  # pyright: ignore
+        if executor.launcher is not None:
+            self._launch, executor.launcher.launch = executor.launcher.launch, self._watched_launch
 
     def _watched_forward(self, batch: Any, rows: Any) -> Tensor:
         logits = self._forward(batch, rows)
-        self._shape = (batch["input_ids"].shape[1], len(batch["seq_lens"]))
-        started = time.perf_counter()
+        self._note(batch, launched=False)
         if self._is_gpu:
-            torch.cuda.current_stream(logits.device).synchronize()
-        self._waited = time.perf_counter() - started
+            self._wait_for(torch.cuda.current_stream(logits.device).synchronize)
         return logits
 
+    def _watched_launch(self, batch: Any, after: LaunchedStep | None) -> LaunchedStep:
+        step = self._launch(batch, after)
+        self._note(batch, launched=True)
+        return LaunchedStep(step.chosen, lambda: self._wait_for(lambda: step.found))
+
+    def _note(self, batch: Any, *, launched: bool) -> None:
+        self._shape, self._launched = (batch["input_ids"].shape[1], len(batch["seq_lens"])), launched
+
+    def _wait_for(self, wait: Callable[[], Any]) -> Any:
+        started = time.perf_counter()
+        try:
+            return wait()
+        finally:
+            self._waited += time.perf_counter() - started
+
     def _timed_step(self) -> None:
-        self._is_running, started = True, time.perf_counter()
+        self._is_running, self._waited, started = True, 0.0, time.perf_counter()
         self._step()
-        self.steps.append(Step(*self._shape, time.perf_counter() - started, self._waited))
+        self.steps.append(Step(*self._shape, time.perf_counter() - started, self._waited, self._launched))
         self._is_running = False
 
     def take(self) -> list[Step]:
@@ -281,6 +302,7 @@ def _decode(facts: dict[str, Any], served: Served, count: int, use_graphs: bool)
         "tokens_per_s": count / step,
         **_against_floor(step, served.work.decode_floor(count, load.prompt + load.new / 2)),
         "num_steps": len(decodes),
+        "launched": sum(each.launched for each in decodes),
     }
     if graphs is not None:
         facts |= {"captured": len(graphs.captured), "not captured": graphs.failure}

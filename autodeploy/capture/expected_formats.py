@@ -13,9 +13,8 @@ from torch import nn
 
 from autodeploy.errors import UnsupportedModelError, did_you_mean
 from autodeploy.formats import SCHEMES, Format
-from autodeploy.recipes import Cast, Dequantize, Permute, Recipe, Take
+from autodeploy.recipes import TURNED, Cast, Dequantize, Permute, Recipe, Take
 
-TURNED = (0, 2, 1)
 LEFT_OUT = ("modules_to_not_convert", "ignore", "exclude_modules", "llm_int8_skip_modules")
 """Settings that list what stays dense."""
 Settings = Mapping[str, Any]

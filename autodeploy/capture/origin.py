@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +40,13 @@ class Origin:
     @property
     def formats(self) -> dict[str, Format]:
         """Of the tensors of the skeleton that are not stored dense."""
-        found = {name: format_of(recipe, {}) for name, recipe in self.recipes.items()}
-        return {name: stored for name, stored in found.items() if stored is not None}
+        found = dict[str, Format]()
+        for name, recipe in self.recipes.items():
+            if (stored := format_of(recipe, {})) is not None:
+                found[name] = stored
+            elif (stored := format_of(recipe, {}, is_turned=True)) is not None:
+                found[name] = replace(stored, turned=True)
+        return found
 
     def source_with(self, initial: Mapping[str, Tensor]) -> LiveSource | CheckpointSource:
         """The source, knowing the values of a captured program's initial buffers too."""

@@ -21,7 +21,7 @@ from autodeploy.checkpoint import MODELOPT_FILE, CheckpointSource, read_json
 from autodeploy.errors import CheckpointError, UnsupportedModelError
 from autodeploy.format_parts import NotInPartsError, spacing
 from autodeploy.formats import SCHEMES, Format
-from autodeploy.recipes import Dequantize, Leaf, Permute, Recipe, Take, evaluate
+from autodeploy.recipes import TURNED, Dequantize, Leaf, Permute, Recipe, Take, evaluate
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 NOT_WEIGHTS = re.compile(
@@ -369,7 +369,7 @@ def _mxfp4(reader: _Reader) -> None:
         experts, rows, groups, half = reader.shape(f"{name}_blocks")
         form = _half_floats("mxfp4") | {"block": (1, 2 * half)}
         stored = reader.add(name, form, (experts, rows, 2 * half * groups), codes=f"{name}_blocks", scales=f"{name}_scales")
-        reader.view.recipes[name] = Permute(stored, (0, 2, 1))  # the model has inputs before outputs
+        reader.view.recipes[name] = Permute(stored, TURNED)  # the model has inputs before outputs
 
 
 READERS: dict[str, Callable[[_Reader], None]] = {

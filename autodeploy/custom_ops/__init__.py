@@ -1,6 +1,7 @@
 """Semantic ops of the graph, each with its reference and its providers."""
 
 from autodeploy.custom_ops import (  # noqa: F401, isort: skip, they register their providers; those named first come last
+    flashinfer_attention,
     triton_attention,
     triton_moe,
     triton_pointwise,

@@ -1,8 +1,8 @@
-"""FlashInfer as an attention backend, over the caches of this package. **No GPU has run it yet.**
+"""FlashInfer for paged attention, over the caches of this package, where it is asked for. **No GPU has run it yet.**
 
-Nothing imports this module unless it is asked for: `plugins=["autodeploy.custom_ops.flashinfer_attention:use"]`. A step is
-planned on the host before it runs, each kind of layer once. Decode steps of one size share a wrapper whose arrays stay in place,
-so that a CUDA graph can hold its calls. What is planned belongs to the process: one engine in it at a time.
+Nothing imports flashinfer before a layer runs. A step is planned on the host before it runs, each kind of layer once. Decode
+steps of one size share a wrapper whose arrays stay in place, so that a CUDA graph can hold its calls. What is planned belongs to
+the process: one engine in it at a time.
 """
 
 from __future__ import annotations
@@ -16,11 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from autodeploy.custom_ops.attention import kv_append, paged_attention
-from autodeploy.custom_ops.attention_backend import AttentionBackend, LoweredAttention, register_attention_backend
-from autodeploy.custom_ops.op import Provider, semantic_op
-from autodeploy.custom_ops.triton_attention import against_attention, triton_paged_attention
-from autodeploy.specs import AttentionLayer, BatchMetadata, Target, input_of_pool
+from autodeploy.custom_ops.attention import paged_attention
+from autodeploy.custom_ops.op import Provider, call_arguments
+from autodeploy.specs import BatchMetadata, input_of_pool
 
 HEAD_DIMS = (64, 128, 256)
 WORKSPACE_BYTES = 128 << 20
@@ -44,35 +42,14 @@ class Kind:
     has_sinks: bool
 
 
-class FlashInferBackend(AttentionBackend):
+class PlannedAttention:
     """Keeps a wrapper for each kind of layer: of steps of any shape (size 0), and of decode steps of each number of requests."""
-
-    name = "flashinfer"
 
     def __init__(self) -> None:
         self.wrappers: dict[tuple[Kind, int], Any] = {}
         self._step: BatchMetadata = {}
         self._planned: set[Kind] = set()
         self._workspace: Tensor | None = None
-
-    def unsupported(self, layer: AttentionLayer, target: Target) -> list[str]:
-        if not target.device.startswith("cuda"):
-            return [f"it runs on GPUs, not on {target.device}"]
-        if find_spec("flashinfer") is None:
-            return ["flashinfer is not installed"]
-        checks = {
-            f"it has no {layer.dtype}": layer.dtype not in ("bfloat16", "float16"),
-            "keys and values are of different widths": layer.head_dim_k != layer.head_dim_v,
-            f"it has no heads of {layer.head_dim_k}": layer.head_dim_k not in HEAD_DIMS,
-            "it has no chunks": layer.chunk > 0,
-            "it has no alibi": layer.has_alibi,
-            "it has no latent cache": layer.is_latent,
-            "it has no softcap beside sinks": layer.has_sinks and layer.softcap > 0,
-        }
-        return [reason for reason, holds in checks.items() if holds]
-
-    def lower(self, layer: AttentionLayer) -> LoweredAttention:
-        return LoweredAttention(kv_append, flashinfer_attention)
 
     def plan(self, batch: BatchMetadata) -> None:
         """Every kind that steps of this size have had; others when their first layer runs, which is never inside a capture."""
@@ -145,53 +122,38 @@ def pages_of(batch: BatchMetadata, page_size: int, window: int) -> tuple[Tensor,
     return q_starts, page_starts, numbers, last
 
 
-@semantic_op(fake=lambda q, *args: q.new_empty(1, q.shape[2], q.shape[1], args[8]))
-def flashinfer_attention(
-    q: Tensor,
-    cache: Tensor,
-    page_table: Tensor,
-    cu_seqlens_q: Tensor,
-    seq_lens: Tensor,
-    sinks: Tensor | None,
-    scale: float,
-    window: int,
-    softcap: float,
-    head_dim_v: int,
-) -> Tensor:
-    """`paged_attention` of layers that the backend serves."""
-    return paged_attention.reference(q, cache, page_table, cu_seqlens_q, seq_lens, sinks, scale, window, softcap, head_dim_v)
+def flashinfer_attention(q: Tensor, cache: Tensor, *rest: Any) -> Tensor:
+    """As `paged_attention`, by the wrapper that was planned for this step; tables and lengths were read on the host."""
+    call = call_arguments(paged_attention.overload, (q, cache, *rest), {})
+    shape = (q.shape[1], cache.shape[2], call["head_dim_v"], cache.shape[1], cache.shape[0])
+    kind = Kind(*shape, q.dtype, call["scale"], call["window"], call["softcap"], call["sinks"] is not None)
+    return PLANNED.attend(kind, q, cache, call["sinks"])
 
 
-def planned_attention(
-    q: Tensor,
-    cache: Tensor,
-    page_table: Tensor,
-    cu_seqlens_q: Tensor,
-    seq_lens: Tensor,
-    sinks: Tensor | None,
-    scale: float,
-    window: int,
-    softcap: float,
-    head_dim_v: int,
-) -> Tensor:
-    """By the wrapper that was planned for this step; tables and lengths were read on the host."""
-    shape = (q.shape[1], cache.shape[2], head_dim_v, cache.shape[1], cache.shape[0])
-    kind = Kind(*shape, q.dtype, scale, window, softcap, sinks is not None)
-    return BACKEND.attend(kind, q, cache, sinks)
+def plan_step(batch: BatchMetadata) -> None:
+    """Before each step."""
+    PLANNED.plan(batch)
 
 
-def _against(target: Any, q: Tensor, cache: Tensor, **_: Any) -> list[str]:
+def against_flashinfer(target: Any, q: Tensor, cache: Tensor, head_dim_v: int, **call: Any) -> list[str]:
+    """The reasons against a call of `paged_attention`."""
     if not target.device.startswith("cuda"):
         return [f"it runs on GPUs, not on {target.device}"]
-    return [] if cache.dtype == q.dtype else ["the cache is of another dtype"]
+    if find_spec("flashinfer") is None:
+        return ["flashinfer is not installed (python -m pip install flashinfer-python)"]
+    head_dim = q.shape[3]
+    checks = {
+        f"it has no {str(q.dtype).removeprefix('torch.')}": q.dtype not in (torch.bfloat16, torch.float16),
+        "the cache is of another dtype": cache.dtype != q.dtype,
+        "keys and values are of different widths": head_dim != head_dim_v,
+        "it has no latent cache": cache.shape[3] == head_dim,
+        f"it has no heads of {head_dim}": head_dim not in HEAD_DIMS,
+        "it has no chunks": call["chunk"] > 0,
+        "it has no alibi": call["alibi"] is not None,
+        "it has no softcap beside sinks": call["sinks"] is not None and call["softcap"] > 0,
+    }
+    return [reason for reason, holds in checks.items() if holds]
 
 
-def use(pipeline: Any) -> Any:
-    """A plugin that changes no pass: importing this module has put the backend before the others."""
-    return pipeline
-
-
-BACKEND = FlashInferBackend()
-flashinfer_attention.register(Provider("triton", triton_paged_attention, against_attention))
-flashinfer_attention.register(Provider("flashinfer", planned_attention, _against))
-register_attention_backend(BACKEND)
+PLANNED = PlannedAttention()
+paged_attention.register(Provider("flashinfer", flashinfer_attention, against_flashinfer, plan=plan_step, is_asked_for=True))

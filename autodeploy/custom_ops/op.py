@@ -15,6 +15,7 @@ from torch.fx.node import has_side_effect
 
 from autodeploy.errors import TransformError
 from autodeploy.formats import Format
+from autodeploy.specs import BatchMetadata
 
 LIBRARY = torch.library.Library("autodeploy", "DEF")
 NONE: Mapping[str, Any] = MappingProxyType({})
@@ -44,6 +45,10 @@ class Provider:
     """What is rounded where, in words. Providers of an op that say the same may take each other's place where one is faster."""
     variants: tuple[Provider, ...] = ()
     """The same in other configurations, such as sizes of tiles, which are taken only where they were timed and are faster."""
+    plan: Callable[[BatchMetadata], None] | None = None
+    """Host work before each forward pass (or replay) that calls `function`, from the step's arrays."""
+    is_asked_for: bool = False
+    """Whether it serves only where it is asked for by name, or was timed beside others of its rounding and is faster."""
 
 
 @dataclass(eq=False)
@@ -82,6 +87,8 @@ class SemanticOp:
         """
         against: dict[str, list[str]] = {}
         for provider, reasons in self._judged(target, args, kwargs, parameters):
+            if provider.is_asked_for:
+                continue
             if not reasons:
                 return provider, against
             against[provider.name] = reasons

@@ -95,7 +95,12 @@ def environment_of(device: str) -> dict[str, str]:
         ),
         "kernels": _sources(),
     }
-    return facts | {name: _version(name) for name in ("triton", "flashinfer-python")}
+    return facts | kernel_packages()
+
+
+def kernel_packages() -> dict[str, str]:
+    """Versions of the optional packages that bring or compile kernels; empty where one is not installed."""
+    return {name: _version(name) for name in ("triton", "flashinfer-python")}
 
 
 def _cpu() -> str:

@@ -1,7 +1,7 @@
 """Recurrent ops over the requests of a row by own Triton kernels. Nothing is read on the host, so a CUDA graph can hold them.
 
-Each goes over a request's tokens one by one: as fast as memory for decodes, but slow for a long prompt of few requests. SSD goes
-over prompts of 16-bit numbers by chunks, on tensor cores.
+Each goes over a request's tokens one by one: as fast as memory for decodes, but slow for a long prompt of few requests. SSD and
+the gated delta rule go over prompts of 16-bit numbers by chunks, on tensor cores.
 """
 
 from __future__ import annotations
@@ -27,13 +27,15 @@ DECODE_CHANNELS, PREFILL_CHANNELS, PREFILL_TOKENS = 256, 64, 16
 CONV_PROGRAMS = 2048
 """Of a convolution over prompts, about."""
 CHUNK_WIDTH, CHUNK_ROWS = 128, 32
-"""The widest state that SSD goes over a prompt with by chunks, and its rows that a program keeps."""
+"""The widest state (for the delta rule: keys) that prompts are gone over with by chunks, and a program's rows (columns) of it."""
 CHUNKS = {"TOKENS": 16, "num_warps": 4, "num_stages": 1}
 _conv = Kernel("conv", "causal_conv1d")
 _ssd = Kernel("recurrent", "ssd")
 _scan = Kernel("recurrent", "selective_scan")
 _delta = Kernel("recurrent", "gated_delta_rule")
 _ssd_chunks = Kernel("chunked", "ssd")
+_delta_within = Kernel("chunked_delta", "within_chunks")
+_delta_across = Kernel("chunked_delta", "across_chunks")
 
 
 def rows(x: Tensor) -> Tensor:
@@ -137,7 +139,10 @@ def gated_delta_rule(
     out = v.new_empty(v.shape, dtype=torch.float32)
     heads, k_width, v_width = state_cache.shape[1:]
     block, size = blocks_of(v_width, k_width, DELTA_NUMBERS)
-    if v.numel():
+    is_decode, fades_as_a_whole = v.shape[1] == len(state_slots), decay.dim() == 3
+    if v.numel() and fades_as_a_whole and not is_decode and v.dtype != torch.float32 and k_width <= CHUNK_WIDTH:
+        _delta_chunks(q, k, v, decay, beta, state_cache, state_slots, cu_seqlens_q, seq_lens, out)
+    elif v.numel():
         _delta[len(state_slots), heads, -(-v_width // block)](
             q, k, v, decay, beta, state_cache, state_slots, cu_seqlens_q, seq_lens, out,
             heads, heads // k.shape[2], k_width, v_width,
@@ -145,6 +150,35 @@ def gated_delta_rule(
             BY_CHANNEL=decay.dim() == 4, ROWS=size, COLUMNS=block, num_warps=DELTA_WARPS,
         )  # fmt: skip
     return out
+
+
+def _delta_chunks(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    beta: Tensor,
+    state_cache: Tensor,
+    state_slots: Tensor,
+    cu_seqlens_q: Tensor,
+    seq_lens: Tensor,
+    out: Tensor,
+) -> None:
+    """`gated_delta_rule` into `out`, by chunks: what is within them for all at once, then from each to the next."""
+    (heads, k_width, v_width), num_requests, tokens = state_cache.shape[1:], len(state_slots), CHUNKS["TOKENS"]
+    inverses, scores = out.new_empty(2, v.shape[1], heads, tokens)
+    per_key, depth = heads // k.shape[2], max(16, power_of_2(k_width) // 4)
+    columns = min(CHUNK_ROWS, max(16, power_of_2(v_width)))
+    _delta_within[v.shape[1] // tokens + num_requests, heads](
+        q, k, decay, beta, cu_seqlens_q, inverses, scores,
+        num_requests, heads, per_key, k_width, q.stride(1), k.stride(1), decay.stride(1), beta.stride(1),
+        DEPTH=depth, TOKENS=tokens, num_warps=1, num_stages=1,
+    )  # fmt: skip
+    _delta_across[num_requests, heads, -(-v_width // columns)](
+        q, k, v, decay, inverses, scores, state_cache, state_slots, cu_seqlens_q, seq_lens, out,
+        heads, per_key, q.stride(1), k.stride(1), v.stride(1), decay.stride(1),
+        K_WIDTH=k_width, V_WIDTH=v_width, DEPTH=depth, COLUMNS=columns, **CHUNKS,
+    )  # fmt: skip
 
 
 def blocks_of(cut: int, whole: int, numbers: int) -> tuple[int, int]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 
+from autodeploy.custom_ops import PROVIDED
 from autodeploy.custom_ops.attention_backend import backend_named
 from autodeploy.executor.batch import WantedRows
 from autodeploy.executor.cores import available_cores
@@ -90,7 +91,7 @@ class ModelRunner:
         release_freed_memory()
         self.source, self.weight_bytes = source, sum(map(bytes_of, tensors.values()))
         self.module = _executable(program, tensors, device)
-        self.backends = [backend_named(choice.provider) for choice in program.providers.get("attention", ())]
+        self.plans = plans_of(program)
         self.caches: list[Tensor] = []
         self.graphs: CudaGraphRunner | None = None
         if device.startswith("cuda"):
@@ -136,8 +137,8 @@ class ModelRunner:
         return self._compute([torch.from_numpy(array) for array in inputs])
 
     def _plan(self, batch: BatchMetadata) -> None:
-        for backend in self.backends:
-            backend.plan(batch)
+        for plan in self.plans:
+            plan(batch)
 
     def _caches(self) -> dict[str, Tensor]:
         return dict(zip(self.program.caches, self.caches, strict=True))
@@ -165,6 +166,13 @@ class ModelRunner:
 
     def forget(self, request: Request) -> None:
         """Nothing is kept per request: its pages are the KV manager's."""
+
+
+def plans_of(program: Program) -> list[Callable[[BatchMetadata], None]]:
+    """The host work before each step: of attention backends, and of providers that it calls."""
+    plans = [backend_named(choice.provider).plan for choice in program.providers.get("attention", ())]
+    providers = [PROVIDED[node.target][1] for node in program.graph.graph.nodes if node.target in PROVIDED]
+    return [*dict.fromkeys([*plans, *(provider.plan for provider in providers if provider.plan is not None)])]
 
 
 def _shapes(inputs: list[np.ndarray]) -> tuple[tuple[int, ...], ...]:

@@ -21,6 +21,7 @@ from autodeploy.transforms.quantize import QuantizeWeights
 from autodeploy.transforms.quantize_cache import QuantizeCache
 from autodeploy.transforms.select_kernels import SelectKernels
 from autodeploy.transforms.shard import ShardModel
+from autodeploy.transforms.transpose_experts import TransposeExperts
 
 
 def default_pipeline(
@@ -38,6 +39,7 @@ def default_pipeline(
             MatchMLP(),
             # canonical: fewer bits; shared layers; smaller caches; fewer, larger ops
             *([] if quantize is None else [quantize]),
+            TransposeExperts(),
             *([] if target is None or target.mesh.tp == 1 else [ShardModel()]),
             AbsorbLatent(),
             FuseLinears(),

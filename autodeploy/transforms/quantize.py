@@ -12,13 +12,11 @@ from autodeploy import custom_ops as ops
 from autodeploy.errors import ConfigError
 from autodeploy.formats import SCHEMES, Format
 from autodeploy.program import Program
-from autodeploy.recipes import Permute, Recipe
 from autodeploy.recipes import Quantize as Quantized
+from autodeploy.recipes import Recipe, turned
 from autodeploy.specs import Target
 from autodeploy.transforms.base import Effect, Transform
 from autodeploy.transforms.rewrite import arguments, aten, calls, is_named
-
-TRANSPOSED = (0, 2, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +44,7 @@ class QuantizeWeights(Transform):
             recipe = program.weights[name]
             if _is_quantized(recipe):
                 continue
-            if (stored := program.weights.format_of(name)) is not None:
+            if (stored := program.weights.format_of(name, is_transposed)) is not None:
                 raise ConfigError(
                     f"quantization='{self.scheme}': the checkpoint is quantized already ('{name}' is stored in {stored}). "
                     "Leave 'quantization' out, or give the unquantized checkpoint"
@@ -55,10 +53,7 @@ class QuantizeWeights(Transform):
             if columns % max(form.block[1], 1):
                 program.remarks[name] = f"dense, since groups of {form.block[1]} do not divide its {columns} columns"
                 continue
-            if is_transposed:
-                changed[name] = Permute(Quantized(Permute(recipe, TRANSPOSED), form), TRANSPOSED)
-            else:
-                changed[name] = Quantized(recipe, form)
+            changed[name] = turned(Quantized(turned(recipe), form)) if is_transposed else Quantized(recipe, form)
         program.weights = program.weights.with_recipes(changed)
         return len(changed)
 

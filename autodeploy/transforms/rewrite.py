@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from itertools import permutations
@@ -182,6 +182,33 @@ def insert_parameter(program: Program, before: fx.Node, name: str, value: torch.
     with fake_mode(program):
         node.meta["val"] = torch.empty(value.shape, dtype=value.dtype)
     return node
+
+
+def set_parameter(program: Program, name: str, value: torch.Tensor) -> None:
+    """A parameter of that name becomes one like this meta tensor; its recipe, and what reads it, are the caller's."""
+    *path, leaf = name.split(".")
+    module: Any = program.graph
+    for part in path:
+        module = getattr(module, part)
+    if leaf in module._buffers:
+        setattr(module, leaf, value)
+    else:
+        setattr(module, leaf, torch.nn.Parameter(value, requires_grad=False))
+    for node in program.graph.graph.find_nodes(op="get_attr", target=name):
+        with fake_mode(program):
+            node.meta["val"] = torch.empty(value.shape, dtype=value.dtype)
+
+
+def set_arguments(node: fx.Node, changed: Mapping[str, Any]) -> None:
+    """Arguments of a call, by name, become these."""
+    names = list(argument_defaults(node.target))
+    args, kwargs = list(node.args), dict(node.kwargs)
+    for name, value in changed.items():
+        if (at := names.index(name)) < len(args):
+            args[at] = value
+        else:
+            kwargs[name] = value
+    node.args, node.kwargs = tuple(args), kwargs
 
 
 def insert_input(program: Program, name: str) -> fx.Node:

@@ -18,7 +18,16 @@ from autodeploy.specs import Target
 from autodeploy.transforms.base import Effect, Transform
 from autodeploy.transforms.layouts import WHOLE, Layout, Site
 from autodeploy.transforms.plan_sharding import plan_sharding
-from autodeploy.transforms.rewrite import arguments, derive_again, fake_mode, insert_call, insert_parameter, note_choice, val
+from autodeploy.transforms.rewrite import (
+    arguments,
+    derive_again,
+    insert_call,
+    insert_parameter,
+    note_choice,
+    set_arguments,
+    set_parameter,
+    val,
+)
 from autodeploy.transforms.shard_moves import Created, Expanded
 from autodeploy.transforms.shard_plan import ShardPlan, disagreements
 from autodeploy.transforms.shard_rules import rule_of
@@ -144,17 +153,7 @@ class _Rewrite:
         recipe = layout.recipe(program.weights[name], whole.dim())
         program.weights = program.weights.with_recipes({name: recipe})
         value = torch.empty(layout.local_shape(tuple(whole.shape)), dtype=whole.dtype, device="meta")
-        *path, leaf = name.split(".")
-        module: Any = program.graph
-        for part in path:
-            module = getattr(module, part)
-        if leaf in module._buffers:
-            setattr(module, leaf, value)
-        else:
-            setattr(module, leaf, torch.nn.Parameter(value, requires_grad=False))
-        for node in program.graph.graph.find_nodes(op="get_attr", target=name):
-            with fake_mode(program):
-                node.meta["val"] = torch.empty(value.shape, dtype=value.dtype)
+        set_parameter(program, name, value)
 
     def _derive(self, nodes: list[fx.Node]) -> None:
         """Every value anew; `sizes` keeps the whole ones of what will be gathered."""
@@ -190,11 +189,4 @@ def _edit(change: _Change) -> None:
         node.target = change.target
         node.args, node.kwargs = tuple(given[name] for name in argument_defaults(change.target)), {}
         return
-    names = list(argument_defaults(node.target))
-    args, kwargs = list(node.args), dict(node.kwargs)
-    for name, value in change.args.items():
-        if (at := names.index(name)) < len(args):
-            args[at] = value
-        else:
-            kwargs[name] = value
-    node.args, node.kwargs = tuple(args), kwargs
+    set_arguments(node, change.args)

@@ -176,10 +176,12 @@ def test_scales_of_the_cache_are_passed_over_and_the_report_says_so(method: str,
     compiled.shutdown()
 
 
-def test_gpt_oss_in_mxfp4(tmp_path: Path) -> None:
-    quantized, dense, made = tmp_path / "quantized", tmp_path / "dense", dict[str, Tensor]()
+def write_gpt_oss(folder: Path, **overrides: Any) -> tuple[Path, Path]:
+    """As `write`, of gpt-oss with experts in MXFP4 as they are published."""
+    torch.manual_seed(0)
+    quantized, dense, made = folder / "quantized", folder / "dense", dict[str, Tensor]()
     quantized.mkdir()
-    make_model("gpt_oss").save_pretrained(dense)
+    make_model("gpt_oss", **overrides).save_pretrained(dense)
     exact = load_file(dense / "model.safetensors")
     for name, tensor in list(exact.items()):
         if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
@@ -197,7 +199,14 @@ def test_gpt_oss_in_mxfp4(tmp_path: Path) -> None:
     settings = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
     config = json.loads((dense / "config.json").read_text()) | {"quantization_config": settings}
     (quantized / "config.json").write_text(json.dumps(config))
+    return quantized, dense
+
+
+def test_gpt_oss_in_mxfp4(tmp_path: Path) -> None:
+    quantized, dense = write_gpt_oss(tmp_path)
     assert (logits(quantized) - logits(dense)).abs().max() < 1e-4
+    with pytest.raises(ConfigError, match=r"experts\..*is stored in mxfp4"):
+        autodeploy.compile(quantized, quantization="int8")
 
 
 def test_settings_in_a_file_of_their_own_and_of_single_layers(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import autodeploy
-from autodeploy import SamplingParams, ops
+from autodeploy import ConfigError, SamplingParams, ops
 from autodeploy.custom_ops.attention import Visible, attend
 from autodeploy.custom_ops.attention_backend import ATTENTION_BACKENDS
 from autodeploy.program import Choice
@@ -105,6 +105,11 @@ def test_layers_it_refuses_stay_with_the_paged_backend_and_the_report_says_why(b
     assert sorted(choices, key=str) == sorted((Choice("paged", reasons) for reasons in against), key=str)
     assert "it has no softcap, it has no window" in compiled.report()
     compiled.shutdown()
+
+
+def test_it_is_not_passed_over_where_another_one_is_asked_for(backend: WideBackend) -> None:
+    with pytest.raises(ConfigError, match="attention_backend='torch', but a plugin's 'wide' serves attention"):
+        autodeploy.compile(make_model("llama"), attention_backend="torch")
 
 
 def test_registering_a_name_again_replaces_it(backend: WideBackend) -> None:

@@ -61,12 +61,12 @@ def selective_scan(n: int, dtype: torch.dtype) -> tuple[Any, ...]:
     return part_of_a_row(n, 70, dtype=dtype), positive(1, n, 70), -3 * positive(70, 5), b, c
 
 
-def delta(by_channel: bool, key_heads: int) -> Callable[..., tuple[Any, ...]]:
+def delta(by_channel: bool, key_heads: int, keys: int = 5, values: int = 6) -> Callable[..., tuple[Any, ...]]:
     def draw(n: int, dtype: torch.dtype) -> tuple[Any, ...]:
-        """4 heads, memory of 5 x 6."""
-        q, k = (F.normalize(normal(1, n, key_heads, 5), dim=-1) for _ in range(2))
-        decay = -positive(1, n, 4, 5) if by_channel else -positive(1, n, 4)
-        return q, k, part_of_a_row(n, 4, 6, dtype=dtype), decay, positive(1, n, 4).to(dtype)
+        """4 heads."""
+        q, k = (F.normalize(normal(1, n, key_heads, keys), dim=-1) for _ in range(2))
+        decay = -positive(1, n, 4, keys) if by_channel else -positive(1, n, 4)
+        return q, k, part_of_a_row(n, 4, values, dtype=dtype), decay, positive(1, n, 4).to(dtype)
 
     return draw
 
@@ -87,6 +87,7 @@ CASES = {
     "ssd of lightning attention": Case(ops.ssd, lightning, torch.float16),
     "selective scan": Case(ops.selective_scan, selective_scan),
     "delta rule": Case(ops.gated_delta_rule, delta(by_channel=False, key_heads=2)),
+    "delta rule of wide keys": Case(ops.gated_delta_rule, delta(by_channel=False, key_heads=1, keys=100, values=40)),
     "delta rule by channel, in float32": Case(ops.gated_delta_rule, delta(by_channel=True, key_heads=4), torch.float32),
 }
 
@@ -147,6 +148,20 @@ def test_ssd_goes_by_chunks_over_prompts(
     args = normal(1, n, 4, 6, dtype=dtype), positive(1, n, 4), -positive(4), b, b
     triton_recurrent.ssd(*args, torch.zeros(NUM_SLOTS, 4, 6, width), *requests(kinds))
     assert launched == [kernel] * is_chunked
+
+
+@pytest.mark.parametrize(
+    ("case", "kinds", "is_chunked"),
+    [("delta rule", MIXED, True), ("delta rule", DECODES, False), ("delta rule by channel, in float32", MIXED, False)],
+)
+def test_the_delta_rule_goes_by_chunks_over_prompts(case: str, kinds: Any, is_chunked: bool, monkeypatch: Any) -> None:
+    """Of 16-bit numbers, whose memory fades as a whole; the numbers are those of `test_requests_of_a_row`."""
+    launched, each = [], CASES[case]
+    for name in ("_delta_within", "_delta_across"):
+        monkeypatch.setattr(triton_recurrent, name, defaultdict(lambda name=name: lambda *given, **_: launched.append(name)))
+    args = each.draw(sum(size for _, size in kinds), each.dtype)
+    triton_recurrent.gated_delta_rule(*args, torch.zeros(NUM_SLOTS, *each.op.state(*args)[0]), *requests(kinds))
+    assert launched == ["_delta_within", "_delta_across"] * is_chunked
 
 
 def test_no_new_tokens_change_nothing() -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import threading
+import time
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,6 +16,7 @@ from autodeploy import CompiledModel, SamplingParams
 from autodeploy.executor.cuda_graphs import LaunchedStep
 from tests.executor.test_cuda_graphs import CpuDevice, graphs_of, with_graphs
 from tests.models.families import make_model
+from tools.gpu_speed import StepWatch
 
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10], [9] * 21, [11]]
 LENGTHS = [SamplingParams(max_tokens=count, ignore_eos=True) for count in (30, 17, 30, 25)]
@@ -177,4 +181,34 @@ def test_logits_that_are_not_finite_end_their_request_alone() -> None:
     for output, (tokens, *_) in zip(outputs, expected, strict=True):
         assert output.outputs[0].token_ids == tokens[: len(output.outputs[0].token_ids)]
     assert [len(output.outputs[0].token_ids) for output in outputs] == [40, 40, len(outputs[2].outputs[0].token_ids), 40]
+    compiled.shutdown()
+
+
+class SlowDevice(CpuDevice):
+    """Tokens are there 3 ms after they are asked for."""
+
+    def download(self, source: torch.Tensor) -> Callable[[], np.ndarray]:
+        found = super().download(source)
+
+        def wait() -> np.ndarray:
+            time.sleep(0.003)
+            return found()
+
+        return wait
+
+
+@pytest.mark.parametrize("overlaps", [True, False])
+def test_the_watch_of_the_speed_check_counts_launched_steps_and_what_they_wait_for(overlaps: bool) -> None:
+    compiled = with_graphs("qwen3", SlowDevice(), disable_overlap_scheduler=not overlaps)
+    results(compiled, LENGTHS[0])
+    steps_before, watch = compiled.executor.num_steps, StepWatch(compiled, is_gpu=False)
+    results(compiled, LENGTHS)
+    steps = watch.take()
+    assert len(steps) == compiled.executor.num_steps - steps_before
+    launched, others = [each for each in steps if each.launched], [each for each in steps if not each.launched]
+    assert len(launched) >= 20 and all(each.num_tokens == each.num_requests for each in launched)
+    assert {each.num_requests for each in launched} >= {4, 2} and max(each.num_tokens for each in others) > 4
+    waiting = [each for each in launched if each.waited]
+    assert len(launched) - len(waiting) <= (4 if overlaps else 0)  # the first of a run has nothing to wait for
+    assert all(0.003 <= each.waited <= each.seconds for each in waiting)
     compiled.shutdown()
