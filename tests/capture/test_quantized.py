@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import autodeploy
-from autodeploy import SamplingParams, UnsupportedModelError
+from autodeploy import ConfigError, SamplingParams, UnsupportedModelError
 from autodeploy.capture.quantized import dense_view
 from autodeploy.checkpoint import CheckpointSource, raw_config
 from autodeploy.recipes import evaluate
