@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from autodeploy.formats import E2M1, SCHEMES, Integers
+from autodeploy.formats import E2M1, SCHEMES, BrokenPartError, Integers
 
 CODES = {
     "int8": torch.arange(-127, 128).float(),
@@ -64,8 +64,21 @@ def test_a_scale_that_is_no_number_is_refused() -> None:
     form = SCHEMES["int8"]
     codes, scales = form.quantize(torch.randn(4, 8))
     scales[2] = float("nan")
-    with pytest.raises(ValueError, match="scales"):
+    with pytest.raises(BrokenPartError, match="not a finite number") as error:
         form.integers((4, 8), codes, scales)
+    assert error.value.part == "scales"
+
+
+def test_columns_are_sorted_by_their_groups() -> None:
+    form = replace(SCHEMES["int4"], block=(1, 2), parts=("codes", "scales", "order"))
+    codes, scales = torch.arange(8, dtype=torch.int8).reshape(2, 4) - 4, torch.tensor([[1.0, 10.0], [2.0, 20.0]])
+    group = torch.tensor([1, 0, 1, 0], dtype=torch.int32)
+    made, dense = form.integers((2, 4), codes, scales, group), form.dequantize((2, 4), codes, scales, group)
+    assert made.order is not None and made.order.tolist() == [1, 3, 0, 2] and form.without_order.is_integers
+    torch.testing.assert_close(made.numbers * made.scales.repeat_interleave(2, 1), dense[:, made.order])
+    for wrong in ([0, 0, 0, 1], [-1, -1, -1, -1], [0, 0, 1, 2]):
+        with pytest.raises(BrokenPartError, match="does not put 2 columns in each group"):
+            form.integers((2, 4), codes, scales, torch.tensor(wrong, dtype=torch.int32))
 
 
 def test_stored_whole_numbers() -> None:
