@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self, cast, get_args
+from typing import Any, ClassVar, Literal, Self, cast, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -186,9 +186,7 @@ class SamplingParams(_Options):
     )
     seed: int | None = Field(default=None, ge=0, lt=2**63, description="the seed of this request's draws, in [0, 2**63), or None")
     stop: str | Sequence[str] | None = Field(default=(), description="a non-empty string, or several, at which the text ends")
-    stop_token_ids: Sequence[Annotated[int, Field(ge=0)]] | None = Field(
-        default=(), description="the token ids at which the request ends, 0 or more"
-    )
+    stop_token_ids: Sequence[int] | None = Field(default=(), description="the token ids at which the request ends")
     include_stop_str_in_output: bool = Field(default=False, description="whether the text keeps what stopped it")
     ignore_eos: bool = Field(default=False, description="whether to go on after an end-of-sequence token")
     skip_special_tokens: bool = Field(default=True, description="whether special tokens are left out of the text")
@@ -207,6 +205,8 @@ class SamplingParams(_Options):
     def _consistent(self) -> Self:
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens={self.min_tokens} exceeds max_tokens={self.max_tokens}; lower one or raise the other")
+        if (least := min(self.stop_token_ids or (), default=0)) < 0:
+            raise ValueError(f"stop_token_ids holds {least}, but token ids are 0 or more; leave it out")
         if "" in self.stop_strings:
             raise ValueError("an empty stop string would end every request at once; leave it out")
         if self.stop and not self.detokenize:

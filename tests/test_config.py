@@ -71,7 +71,7 @@ def test_a_copy_is_judged_by_its_own_options() -> None:
 
 
 def test_token_ids_below_0_are_none() -> None:
-    assert "stop_token_ids=-1 is refused" in refusal(SamplingParams, stop_token_ids=[3, -1])
+    assert "stop_token_ids holds -1" in refusal(SamplingParams, stop_token_ids=[3, -1])
 
 
 def test_plain_argmax_needs_neither_penalties_nor_bans() -> None:
