@@ -38,6 +38,7 @@ from autodeploy.executor.memory import free_memory
 from autodeploy.executor.model_runner import ModelRunner, Runner, limit_threads
 from autodeploy.executor.outputs import RequestHandle, RequestOutput, raised
 from autodeploy.executor.pool_sizes import PoolSizes
+from autodeploy.executor.positions import table_of_positions
 from autodeploy.executor.request import Detokenizer, Request
 from autodeploy.executor.sampler import Sampler
 from autodeploy.executor.scheduler import Scheduler
@@ -97,14 +98,14 @@ def compile_observed(args: LLMArgs, *observers: Observer, timeline: Timeline | N
     if args.autotune:
         limit_threads(_device(args))  # what is timed runs on as many as what serves
     lowered = _lowered(args, timeline, *observers)
-    program = lowered.program
+    program, facts = lowered.program, _within_positions(args, lowered.facts, lowered.program)
     with timeline.phase("load weights", len(program.weights)) as advance:
         if args.mesh.size > 1:
             runner = _start_ranks(args, lowered, advance)
         else:
             graphs = _with_pieces(_graph_options(args), args, program)
             runner = ModelRunner(program, lowered.source, _device(args), advance, graphs)
-    return CompiledModel(args, lowered.facts, timeline, runner, program)
+    return CompiledModel(args, facts, timeline, runner, program)
 
 
 def trace(args: LLMArgs, timeline: Timeline, *observers: Observer, meta: bool = False) -> Program:
@@ -194,6 +195,14 @@ def _refuse_ranks(args: LLMArgs) -> None:
             f"a model in memory is in this process alone, and {args.mesh.size} ranks need it. Write it with "
             "model.save_pretrained(folder), and give the folder."
         )
+
+
+def _within_positions(args: LLMArgs, facts: ModelFacts, program: Program) -> ModelFacts:
+    """The model's limits within what its tables of positions hold. Raises ConfigError where more is asked for."""
+    name, rows = table_of_positions(program) or ("", facts.max_seq_len)
+    if args.max_seq_len is not None and args.max_seq_len > rows and name:
+        raise ConfigError(f"max_seq_len={args.max_seq_len}: '{name}' holds {rows} positions. Use max_seq_len={rows} or less.")
+    return replace(facts, max_seq_len=min(facts.max_seq_len, rows))
 
 
 def _refuse_missing_gpu(device: str) -> None:
