@@ -137,7 +137,8 @@ inline void multiply_groups(const Groups& g, int64_t top, int64_t panel, int64_t
     for (int64_t group = first; group < last; group++) {
         __m512i total[M][4];
         EACH(int m = 0; m < M; m++)
-        EACH(int c = 0; c < 4; c++) total[m][c] = _mm512_set1_epi32(g.offsets ? 0 : -8 * g.x_sums[(top + m) * g.groups + group]);
+        EACH(int c = 0; c < 4; c++)  // of a row that holds no number the sum may be the least there is
+        total[m][c] = _mm512_set1_epi32(g.offsets ? 0 : int32_t(0u - 8u * uint32_t(g.x_sums[(top + m) * g.groups + group])));
         const char* line = g.packed + panel * g.K * (WIDTH / 2) + group * words * LINE;
         const char* x = (const char*)g.q + top * g.K + group * words * 8;
         for (int64_t word = 0; word < words; word++, line += LINE, x += 8) {
