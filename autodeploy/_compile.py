@@ -199,8 +199,10 @@ def _refuse_ranks(args: LLMArgs) -> None:
 
 def _within_positions(args: LLMArgs, facts: ModelFacts, program: Program) -> ModelFacts:
     """The model's limits within what its tables of positions hold. Raises ConfigError where more is asked for."""
-    name, rows = table_of_positions(program) or ("", facts.max_seq_len)
-    if args.max_seq_len is not None and args.max_seq_len > rows and name:
+    if (table := table_of_positions(program)) is None:
+        return facts
+    name, rows = table
+    if args.max_seq_len is not None and args.max_seq_len > rows:
         raise ConfigError(f"max_seq_len={args.max_seq_len}: '{name}' holds {rows} positions. Use max_seq_len={rows} or less.")
     return replace(facts, max_seq_len=min(facts.max_seq_len, rows))
 

@@ -8,7 +8,6 @@ import torch
 from torch import fx
 
 from autodeploy.custom_ops import PROVIDED
-from autodeploy.custom_ops.linear import embedding_op
 from autodeploy.program import Program
 
 aten = torch.ops.aten
@@ -30,8 +29,8 @@ def table_of_positions(program: Program) -> tuple[str, int] | None:
 
 
 def _reads_rows(target: Any) -> bool:
-    reads = (aten.embedding.default, aten.index.Tensor, embedding_op)
-    return target in reads or (target in PROVIDED and PROVIDED[target][0] is embedding_op)
+    op = PROVIDED[target][0].overload if target in PROVIDED else target
+    return op in (aten.embedding.default, aten.index.Tensor)
 
 
 def _offset(node: Any) -> int | None:

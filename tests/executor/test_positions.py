@@ -21,6 +21,14 @@ def test_no_request_is_longer_than_the_table(family: str, table: str) -> None:
     compiled.shutdown()
 
 
+def test_a_table_that_is_indexed_is_one_too() -> None:
+    model = make_model("codegen")
+    compiled = autodeploy.compile(model)
+    table, rows = table_of_positions(compiled.program) or ("", 0)
+    assert table.endswith("embed_positions") and rows == model.transformer.h[0].attn.embed_positions.shape[0]
+    compiled.shutdown()
+
+
 def test_positions_that_are_computed_have_no_end() -> None:
     compiled = autodeploy.compile(make_model("llama"), max_seq_len=100_000)
     assert table_of_positions(compiled.program) is None and compiled.max_seq_len == 100_000
