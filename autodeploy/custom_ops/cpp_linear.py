@@ -16,8 +16,10 @@ from autodeploy.custom_ops.linear import embedding_op, linear_op
 from autodeploy.custom_ops.moe import Expert, expert_matrices, moe, packed_moe
 from autodeploy.custom_ops.op import Provider
 
-WIDTH, FLOAT_PART = 64, 64
+WIDTH = 64
 """Outputs of a panel."""
+FLOAT_PART = 64
+"""Columns of x that lie together as floats; room is made for whole parts (`kernels/float_panels.h`)."""
 HUGE_PAGE = 1 << 21
 
 _pack = cpp.Kernel("pack_panels", "pplll")
@@ -57,8 +59,8 @@ def panel_linear(x: Tensor, weight: Panels, bias: Tensor | None = None) -> Tenso
     num_inputs, num_outputs = weight.num_inputs, weight.num_outputs
     x = x.contiguous()
     out = x.new_empty((*x.shape[:-1], num_outputs))
-    num_floats = x.numel() // num_inputs * -(-num_inputs // FLOAT_PART) * FLOAT_PART
-    wide = None if cpp.multiplies_bfloat16() else x.new_empty(num_floats, dtype=torch.float32)
+    num_rows, num_parts = x.numel() // num_inputs, -(-num_inputs // FLOAT_PART)
+    wide = None if cpp.multiplies_bfloat16() else x.new_empty(num_rows * num_parts * FLOAT_PART, dtype=torch.float32)
     _linear(
         x.data_ptr(),
         num_inputs,
@@ -66,7 +68,7 @@ def panel_linear(x: Tensor, weight: Panels, bias: Tensor | None = None) -> Tenso
         weight.data.data_ptr(),
         None if bias is None else bias.data_ptr(),
         out.data_ptr(),
-        x.numel() // num_inputs,
+        num_rows,
         num_outputs,
         num_inputs,
         torch.get_num_threads(),
