@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from autodeploy import huge_pages
 from autodeploy.custom_ops import paged_attention
 from autodeploy.custom_ops.attention import scaled_rows
 from autodeploy.custom_ops.cpp_attention import cpp_paged_attention
@@ -30,7 +31,7 @@ SCALE = HEAD_DIM**-0.5
 MIN_BYTES = 1 << 28
 """Of all copies of the cache together."""
 
-BLOCK = torch.ones(1 << 26)
+BLOCK = huge_pages.empty([1 << 26], torch.float32).fill_(1)
 """What `torch.sum` reads in turn with the others, for the rate of memory."""
 
 
@@ -56,11 +57,16 @@ CASES = [
 ]
 
 
+def random(*shape: int) -> Tensor:
+    """In huge pages, as the executor's caches are."""
+    return huge_pages.empty(shape, torch.bfloat16).normal_()
+
+
 def paged(case: Case, attend: Callable[..., Tensor], in_bytes: bool = False) -> Callable[[], Tensor]:
     """One call over pages in no order."""
     pages = case.requests * case.seq_len // PAGE
     table = torch.randperm(pages).view(case.requests, -1) + 1
-    cache = torch.randn(pages + 1, PAGE, KV_HEADS, 2 * HEAD_DIM).bfloat16()
+    cache = random(pages + 1, PAGE, KV_HEADS, 2 * HEAD_DIM)
     if in_bytes:
         cache = scaled_rows(list(cache.chunk(2, -1)), torch.int8)
     q = torch.randn(1, case.requests * case.new_tokens, HEADS, HEAD_DIM).bfloat16().transpose(1, 2)
@@ -71,7 +77,7 @@ def paged(case: Case, attend: Callable[..., Tensor], in_bytes: bool = False) -> 
 
 def contiguous(case: Case, folded: bool) -> Callable[[], Tensor]:
     """SDPA over [requests, heads, tokens, 128]; folded: the rows of a group of query heads share their keys."""
-    k, v = (torch.randn(case.requests, KV_HEADS, case.seq_len, HEAD_DIM).bfloat16() for _ in range(2))
+    k, v = (random(case.requests, KV_HEADS, case.seq_len, HEAD_DIM) for _ in range(2))
     group, new = HEADS // KV_HEADS, case.new_tokens
     q = torch.randn(case.requests, KV_HEADS, group * new, HEAD_DIM).bfloat16()
     if not folded:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from autodeploy import huge_pages
 from autodeploy.custom_ops import cpp
 from autodeploy.custom_ops.linear import embedding_op, linear_op
 from autodeploy.custom_ops.moe import Expert, expert_matrices, moe, packed_moe
@@ -20,7 +20,6 @@ WIDTH = 64
 """Outputs of a panel."""
 FLOAT_PART = 64
 """Columns of x that lie together as floats; room is made for whole parts (`kernels/float_panels.h`)."""
-HUGE_PAGE = 1 << 21
 
 _pack = cpp.Kernel("pack_panels", "pplll")
 _linear = cpp.Kernel("linear", "plppppllll")
@@ -49,7 +48,7 @@ def pack_words(weight: Tensor) -> Tensor:
     """weight [N, row], a row of whole words of 32 bits -> the same in panels, of its dtype."""
     weight = weight.contiguous()
     num_outputs, words = weight.shape[0], weight.shape[1] * weight.element_size() // 4
-    panels = _on_huge_pages(4 * -(-num_outputs // WIDTH) * WIDTH * words)
+    panels = huge_pages.empty([4 * -(-num_outputs // WIDTH) * WIDTH * words], torch.uint8)
     _pack(weight.data_ptr(), panels.data_ptr(), num_outputs, words, torch.get_num_threads())
     return panels.view(weight.dtype)
 
@@ -123,17 +122,6 @@ def against_expert_panels(target: Any, x: Tensor, gate_up: Tensor, down: Tensor,
     """The reasons against experts in panels; transposed or not, both dims of a matrix must be even."""
     odd = any(size % 2 for size in (*gate_up.shape[1:], *down.shape[1:]))
     return against_panels(target, x, gate_up, None) or (["a row of a weight has an odd number of values"] if odd else [])
-
-
-def _on_huge_pages(num_bytes: int) -> Tensor:
-    """Memory for that many bytes, in pages of 2 MB where the system gives them: one page walk where there were 512."""
-    if num_bytes < HUGE_PAGE:
-        return torch.empty(num_bytes, dtype=torch.uint8)
-    area = mmap.mmap(-1, num_bytes + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared memory gets none
-    area.madvise(mmap.MADV_HUGEPAGE)
-    whole = torch.frombuffer(area, dtype=torch.uint8)
-    first = -whole.data_ptr() % HUGE_PAGE
-    return whole[first : first + num_bytes]
 
 
 linear_op.register(Provider("cpp", panel_linear, against_panels, {"weight": pack_panels}))

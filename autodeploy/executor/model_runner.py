@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 
+from autodeploy import huge_pages
 from autodeploy.custom_ops import PROVIDED
 from autodeploy.custom_ops.attention_backend import backend_named
 from autodeploy.executor.batch import WantedRows
@@ -118,12 +119,15 @@ class ModelRunner:
         """The caches. Their memory becomes resident as pages are first written."""
         with self.graphs.use() if self.graphs is not None else nullcontext():
             self.caches = [
-                torch.empty(spec.shape(num_units[spec.pool], page_size), dtype=getattr(torch, spec.dtype), device=self.device)
+                self._empty(spec.shape(num_units[spec.pool], page_size), getattr(torch, spec.dtype))
                 for spec in self.program.caches.values()
             ]
         self.recorded.clear()
         if self.graphs is not None:
             self.graphs.clear()
+
+    def _empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return huge_pages.empty(shape, dtype) if self.device == "cpu" else torch.empty(shape, dtype=dtype, device=self.device)
 
     @torch.inference_mode()
     def forward(self, batch: BatchMetadata, rows: list[WantedRows]) -> Tensor:

@@ -1,6 +1,5 @@
 // Paged attention and the write to its cache. The keys of a request are cut into ranges that depend on the request alone, never on
 // what runs beside it or on how many threads there are, and threads take them in turn.
-#include <atomic>
 #include <vector>
 
 #include "attention_decode.h"
@@ -10,13 +9,6 @@ constexpr int64_t RANGE = 256;        // keys of a task that streams tokens
 constexpr int64_t TILE_RANGE = 2048;  // and of one that serves a single token whose group is large enough for tiles
 constexpr int64_t LARGE_GROUP = 16;
 constexpr int64_t MANY = 16;  // tiles of a request to a thread
-
-struct Task {
-    int64_t request, kv_head, num_heads;  // heads of the cache; of a tile one
-    int64_t first_row;                    // of a tile; -1: one token
-    int64_t first, last;                  // keys; of a tile, as far as its rows see them
-    int64_t partial;                      // where its result goes; -1: it is the whole
-};
 
 // A token whose keys were split: the partial results [first, last), each of all heads.
 struct Split {
@@ -88,7 +80,6 @@ class Attention {
     Plan<T, S> plan;
     Scratch memory;
     float* partials = nullptr;  // [partials, H, Dv + 2]: largest, sum, values
-    std::atomic<int64_t> next_task, next_row;
 
   public:
     void prepare(const Call<T, S>& call, int64_t threads) {
@@ -96,43 +87,35 @@ class Attention {
         const int64_t size = plan.partials * partial_size(call);
         memory.reserve(Scratch::bytes_of<float>(size));
         partials = memory.take<float>(size);
-        next_task = next_row = 0;
     }
 
     // On every thread.
     void work(const Call<T, S>& call) {
         thread_local Scratch scratch;
-        take_turns(next_task, int64_t(plan.tasks.size()), [&](int64_t i) { run_task(call, plan.tasks[i], scratch); });
         const int64_t rows = int64_t(plan.splits.size()) * call.heads;  // read while the plan is sure to be this call's
-        if (team) team->meet();
-        if (rows == 0) return;
-        take_turns(next_row, rows, [&](int64_t i) { merge(call, plan.splits[i / call.heads], i % call.heads, scratch); });
-        if (team) team->meet();
+        share_out(int64_t(plan.tasks.size()), [&](int64_t i) { run_task(call, i, scratch); });
+        if (rows) share_out(rows, [&](int64_t i) { merge(call, plan.splits[i / call.heads], i % call.heads, scratch); });
     }
 
   private:
     static int64_t partial_size(const Call<T, S>& call) { return call.heads * (call.head_dim_v + 2); }
 
-    // Calls body(i) for each i below count, on whichever thread is free.
-    template <typename Body>
-    static void take_turns(std::atomic<int64_t>& next, int64_t count, Body body) {
-        for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) body(i);
-    }
-
-    void run_task(const Call<T, S>& call, const Task& task, Scratch& scratch) {
+    void run_task(const Call<T, S>& call, int64_t i, Scratch& scratch) {
+        const Task& task = plan.tasks[i];
         if (task.first_row >= 0) return run_tile(call, task, scratch);
+        const Task* after = i + 1 < int64_t(plan.tasks.size()) ? &task + 1 : nullptr;
         const int64_t group = std::min<int64_t>(call.group(), MAX_SLICE);
-        if (group == 1) return run_decode<1>(call, task, scratch);
-        if (group == 2) return run_decode<2>(call, task, scratch);
-        if (group <= 4) return run_decode<4>(call, task, scratch);
-        run_decode<MAX_SLICE>(call, task, scratch);
+        if (group == 1) return run_decode<1>(call, task, after, scratch);
+        if (group == 2) return run_decode<2>(call, task, after, scratch);
+        if (group <= 4) return run_decode<4>(call, task, after, scratch);
+        run_decode<MAX_SLICE>(call, task, after, scratch);
     }
 
     template <int SLICE>
-    void run_decode(const Call<T, S>& call, const Task& task, Scratch& scratch) {
+    void run_decode(const Call<T, S>& call, const Task& task, const Task* after, Scratch& scratch) {
         scratch.reserve(DecodeRange<T, S, SLICE>::bytes(call, task.num_heads, RANGE));
         DecodeRange<T, S, SLICE> range(call, task.kv_head, task.num_heads, scratch, RANGE);
-        range.run(task.request, task.first, task.last);
+        range.run(task.request, task.first, task.last, after);
         const int64_t first = task.kv_head * call.group(), count = task.num_heads * call.group();
         for (int64_t head = 0; head < count; head++)
             keep(call, task.partial, call.cu_seqlens_q[task.request], first + head, range.row(head));

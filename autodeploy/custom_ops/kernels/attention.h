@@ -23,6 +23,14 @@ inline IntVec counting() {
     return x;
 }
 
+// A part of the work of a call, for one thread.
+struct Task {
+    int64_t request, kv_head, num_heads;  // heads of the cache; of a tile one
+    int64_t first_row;                    // of a tile; -1: one token
+    int64_t first, last;                  // keys; of a tile, as far as its rows see them
+    int64_t partial;                      // where its result goes; -1: it is the whole
+};
+
 // One number for each head, of float or bf16.
 struct PerHead {
     const void* numbers;

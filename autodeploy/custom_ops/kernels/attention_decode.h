@@ -33,9 +33,10 @@ struct Ahead {
     int64_t width, at = 0;  // numbers of a token, and how many of them have been asked for
 
     void ask(int64_t count) {
-        for (; count > 0 && token != end; count -= 64 / sizeof(S)) {
-            __builtin_prefetch(*token + at, 0, 2);
-            at += 64 / sizeof(S);
+        while (count > 0 && token != end) {
+            const int64_t stop = std::min(width, at + count);
+            count -= stop - at;
+            for (; at < stop; at += 64 / sizeof(S)) __builtin_prefetch(*token + at, 0, 2);
             if (at >= width) token++, at = 0;
         }
     }
@@ -64,7 +65,7 @@ class DecodeRange {
         const int64_t rows = num_heads * num_slices(call) * ROWS;
         return Scratch::bytes_of<typename M::Stored>(rows * round_up(call.head_dim_k, M::WIDTH)) +
                Scratch::bytes_of<float>(rows * round_up(call.head_dim_v, M::WIDTH)) + 2 * Scratch::bytes_of<float>(rows) +
-               Scratch::bytes_of<const S*>(range);
+               Scratch::bytes_of<const S*>(range + BLOCK);
     }
 
     DecodeRange(const Call<T, S>& call, int64_t first_head, int64_t num_heads, Scratch& scratch, int64_t range)
@@ -75,22 +76,25 @@ class DecodeRange {
         values = scratch.take<float>(rows * columns);
         largest = scratch.take<float>(rows);
         sum = scratch.take<float>(rows);
-        tokens = scratch.take<const S*>(range);
+        tokens = scratch.take<const S*>(range + BLOCK);
     }
 
-    void run(int64_t request, int64_t first, int64_t last) {
+    // after: what this thread will work on next, or null.
+    void run(int64_t request, int64_t first, int64_t last, const Task* after) {
         const int64_t token = call.cu_seqlens_q[request], position = call.seq_lens[request] - 1;
         const int64_t rows = num_heads * slices * ROWS;
-        call.find_tokens(request, first, last, tokens);
-        for (int64_t i = 0; i < last - first; i++) tokens[i] += first_head * call.width;
+        find_tokens(request, first, last, first_head, tokens);
+        const int64_t ahead_of = after ? std::min<int64_t>(BLOCK, after->last - after->first) : 0;
+        if (after) find_tokens(after->request, after->first, after->first + ahead_of, after->kv_head, tokens + (last - first));
+        const S* const* const end = tokens + (last - first + ahead_of);
         read_queries(token);
         std::fill(values, values + rows * columns, 0.0f);
         std::fill(largest, largest + rows, -INFINITE);
         std::fill(sum, sum + rows, 0.0f);
         for (int64_t start = first; start < last; start += BLOCK) {
             const S** block = tokens + (start - first);
-            const int64_t count = std::min<int64_t>(BLOCK, last - start), next = std::min<int64_t>(BLOCK, last - start - count);
-            Ahead<S> ahead{block + count, block + count + next, num_heads * call.width};
+            const int64_t count = std::min<int64_t>(BLOCK, last - start);
+            Ahead<S> ahead{block + count, std::min<const S* const*>(block + count + BLOCK, end), num_heads * call.width};
             for (int64_t slice = 0; slice < num_heads * slices; slice++)
                 add_block(slice, block, count, start - position, ahead);
         }
@@ -104,6 +108,12 @@ class DecodeRange {
     }
 
   private:
+    // Of a request, from a head on.
+    void find_tokens(int64_t request, int64_t first, int64_t last, int64_t kv_head, const S** found) const {
+        call.find_tokens(request, first, last, found);
+        for (int64_t i = 0; i < last - first; i++) found[i] += kv_head * call.width;
+    }
+
     int64_t head_of(int64_t slice, int64_t row) const {
         return std::min((first_head + slice / slices) * call.group() + slice % slices * ROWS + row, call.heads - 1);
     }
@@ -138,33 +148,41 @@ class DecodeRange {
         const int64_t together = OPERANDS * LANES;
         int64_t d = 0;
         for (; d + together <= call.head_dim_v; d += together)
-            add_values<OPERANDS>(slice, block, count, place, d, weights, factors, ahead);
+            add_values<OPERANDS, true>(slice, block, count, place, d, weights, factors, ahead);
         for (; d < call.head_dim_v; d += M::WIDTH)
-            add_values<M::TOGETHER>(slice, block, count, place, d, weights, factors, ahead);
+            add_values<M::TOGETHER, false>(slice, block, count, place, d, weights, factors, ahead);
     }
 
     // scores [ROWS, BLOCK] = q [ROWS, depth] times keys.
     void score(const typename M::Stored* rows, const S* const* block, int64_t count, int64_t place, float* scores,
                Ahead<S>& ahead) const {
         for (int64_t t = 0; t < count; t += TOKENS) {
-            ahead.ask(TOKENS * (call.head_dim_k + SCALE_BYTES<T, S>));
+            ahead.ask(TOKENS * SCALE_BYTES<T, S>);
             Vec total[LANES] = {};
             const S* keys[TOKENS];
             for (int i = 0; i < TOKENS; i++) keys[i] = block[std::min(t + i, count - 1)] + place;
-            for (int64_t d = 0; d < call.head_dim_k; d += M::WIDTH) {
-                typename M::Operand query[ROWS];
-                for (int r = 0; r < ROWS; r++)
-                    query[r] = M::load(reinterpret_cast<const typename M::Unit*>(rows + r * depth + d));
-#pragma GCC unroll 16
-                for (int i = 0; i < TOKENS; i++) {
-                    const auto key = M::read(keys[i] + d, call.head_dim_k - d);
-#pragma GCC unroll 8
-                    for (int r = 0; r < ROWS; r++) total[r * TOKENS + i] = M::dot(total[r * TOKENS + i], query[r], key);
-                }
+            int64_t d = 0;
+            for (; d + M::WIDTH <= call.head_dim_k; d += M::WIDTH) {
+                ahead.ask(TOKENS * M::WIDTH);
+                add_products(rows + d, keys, d, M::WIDTH, total);
             }
+            if (d < call.head_dim_k) add_products(rows + d, keys, d, call.head_dim_k - d, total);
             const Vec found = sums(total);
             const auto* lanes = reinterpret_cast<const float*>(&found);
             for (int r = 0; r < ROWS; r++) memcpy(scores + r * BLOCK + t, lanes + r * TOKENS, TOKENS * sizeof(float));
+        }
+    }
+
+    // total [ROWS, TOKENS] += numbers d.. of q [ROWS, depth], at most WIDTH of them, times those of keys.
+    void add_products(const typename M::Stored* rows, const S* const* keys, int64_t d, int64_t count, Vec* total) const {
+        typename M::Operand query[ROWS];
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; r++) query[r] = M::load(reinterpret_cast<const typename M::Unit*>(rows + r * depth));
+#pragma GCC unroll 16
+        for (int i = 0; i < TOKENS; i++) {
+            const auto key = M::read(keys[i] + d, count);
+#pragma GCC unroll 8
+            for (int r = 0; r < ROWS; r++) total[r * TOKENS + i] = M::dot(total[r * TOKENS + i], query[r], key);
         }
     }
 
@@ -196,12 +214,12 @@ class DecodeRange {
         return factor;
     }
 
-    // Columns d.. of the sums of a slice: times a factor, plus weights [ROWS, BLOCK] times values.
-    template <int COUNT>
+    // Columns d.. of the sums of a slice: times a factor, plus weights [ROWS, BLOCK] times values, which all are there, or not.
+    template <int COUNT, bool IS_WHOLE>
     void add_values(int64_t slice, const S* const* block, int64_t count, int64_t place, int64_t d,
                     const typename M::Unit* weights, const float* factors, Ahead<S>& ahead) {
         float* into = values + slice * ROWS * columns + d;
-        const int64_t offset = place + call.values() + d, rest = call.head_dim_v - d;
+        const int64_t offset = place + call.values() + d, rest = IS_WHOLE ? COUNT * LANES : call.head_dim_v - d;
         Vec total[ROWS][COUNT];
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; r++)

@@ -14,7 +14,6 @@ constexpr int64_t SCALE_BYTES = IS_SCALED<T, S> ? 2 * sizeof(float) : 0;
 struct e4m3 {
     uint8_t bits;
 };
-using CodeVec = uint8_t __attribute__((vector_size(LANES)));
 
 inline float widen(e4m3 x) {
     const uint32_t size = x.bits & 0x7f, sign = uint32_t(x.bits >> 7) << 31;
@@ -25,7 +24,7 @@ inline float widen(e4m3 x) {
 inline Vec load(const e4m3* from) {
     CodeVec codes;
     memcpy(&codes, from, sizeof codes);
-    const WordVec wide = __builtin_convertvector(codes, WordVec), size = wide & 0x7f;
+    const WordVec wide = resized<WordVec>(codes), size = wide & 0x7f;
     const Vec small = __builtin_convertvector(size, Vec) * 0x1p-9f;
     const WordVec bits = size < 8 ? __builtin_bit_cast(WordVec, small) : (size << 20) + (120u << 23);
     return __builtin_bit_cast(Vec, bits | (wide >> 7) << 31);
@@ -54,7 +53,7 @@ constexpr float ROUNDS = 3 << 22;  // numbers as large as this have no fractions
 
 // The numbers of a cache of bytes that are nearest, ties to the even one.
 inline ByteVec nearest(Vec x, int8_t) {
-    return __builtin_convertvector(__builtin_convertvector((x + ROUNDS) - ROUNDS, IntVec), ByteVec);
+    return resized<ByteVec>(__builtin_convertvector((x + ROUNDS) - ROUNDS, IntVec));
 }
 
 inline CodeVec nearest(Vec x, e4m3) {
@@ -62,7 +61,7 @@ inline CodeVec nearest(Vec x, e4m3) {
     const WordVec few = __builtin_bit_cast(WordVec, __builtin_bit_cast(Vec, size) * 0x1p9f + ROUNDS) & 0xf;
     const WordVec rounded = ((size + 0x7ffff + ((size >> 20) & 1)) >> 20) - (120 << 3);
     const WordVec codes = size < (121u << 23) ? few : rounded < 0x7f ? rounded : WordVec{} + 0x7f;
-    return __builtin_convertvector(codes | (bits >> 31) << 7, CodeVec);
+    return resized<CodeVec>(codes | (bits >> 31) << 7);
 }
 
 constexpr float largest_of(int8_t) { return 127; }

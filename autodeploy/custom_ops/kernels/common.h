@@ -11,7 +11,7 @@
 
 #include "team.h"
 
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -59,6 +59,27 @@ using IntVec = int32_t __attribute__((vector_size(LANES * 4)));
 using WordVec = uint32_t __attribute__((vector_size(LANES * 4)));
 using HalfVec = uint16_t __attribute__((vector_size(LANES * 2)));
 using ByteVec = int8_t __attribute__((vector_size(LANES)));
+using CodeVec = uint8_t __attribute__((vector_size(LANES)));
+
+// Whole numbers as ones of another size. GCC 12 takes vectors apart for that, those of bytes into single ones; CPUs need one instruction.
+template <typename To, typename From>
+inline To resized(From x) {
+    constexpr bool FROM_BYTES = sizeof x == LANES, TO_BYTES = sizeof(To) == LANES, HAS_SIGN = std::is_same_v<From, ByteVec>;
+#if defined(__AVX512F__)
+    if constexpr (HAS_SIGN) return (To)_mm512_cvtepi8_epi32((__m128i)x);
+    else if constexpr (FROM_BYTES) return (To)_mm512_cvtepu8_epi32((__m128i)x);
+    else if constexpr (sizeof x < sizeof(To)) return (To)_mm512_cvtepu16_epi32((__m256i)x);
+    else if constexpr (TO_BYTES) return (To)_mm512_cvtepi32_epi8((__m512i)x);
+    else return (To)_mm512_cvtepi32_epi16((__m512i)x);
+#elif defined(__AVX2__)
+    if constexpr (HAS_SIGN) return (To)_mm256_cvtepi8_epi32(_mm_set_epi64x(0, (int64_t)x));
+    else if constexpr (FROM_BYTES) return (To)_mm256_cvtepu8_epi32(_mm_set_epi64x(0, (int64_t)x));
+    else if constexpr (sizeof x < sizeof(To)) return (To)_mm256_cvtepu16_epi32((__m128i)x);
+    else return __builtin_convertvector(x, To);
+#else
+    return __builtin_convertvector(x, To);
+#endif
+}
 
 struct bf16 {
     uint16_t bits;
@@ -79,13 +100,13 @@ inline Vec load(const float* from) {
 inline Vec load(const bf16* from) {
     HalfVec x;
     memcpy(&x, from, sizeof x);
-    return __builtin_bit_cast(Vec, __builtin_convertvector(x, WordVec) << 16);
+    return __builtin_bit_cast(Vec, resized<WordVec>(x) << 16);
 }
 
 inline Vec load(const int8_t* from) {
     ByteVec x;
     memcpy(&x, from, sizeof x);
-    return __builtin_convertvector(x, Vec);
+    return __builtin_convertvector(resized<IntVec>(x), Vec);
 }
 
 inline void store(float* to, Vec x) { memcpy(to, &x, sizeof x); }
@@ -95,7 +116,7 @@ inline void store(bf16* to, Vec x) {
     const WordVec bits = __builtin_bit_cast(WordVec, x);
     const WordVec rounded = bits + 0x7fff + ((bits >> 16) & 1);
     const WordVec quiet = bits | 0x400000;
-    const HalfVec half = __builtin_convertvector((x == x ? rounded : quiet) >> 16, HalfVec);
+    const HalfVec half = resized<HalfVec>((x == x ? rounded : quiet) >> 16);
     memcpy(to, &half, sizeof half);
 }
 
@@ -123,9 +144,13 @@ inline float sum(Vec x) {
 inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
 
 inline float largest(Vec x) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps(x);
+#else
     float found = x[0];
     for (int i = 1; i < LANES; i++) found = std::max(found, x[i]);
     return found;
+#endif
 }
 
 // exp to a relative error of 2e-7: 2^n * 2^f with f in [-1/2, 1/2] by a polynomial; below -87.3 it is 0.

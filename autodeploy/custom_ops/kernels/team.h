@@ -110,11 +110,15 @@ inline void parallel(int64_t num_threads, int64_t count, Body body) {
     part(omp_get_thread_num(), omp_get_num_threads());
 }
 
-// Calls body(i) for each i below count; a thread that is done early takes what others have left.
+// On each thread of a team, or on the only one: calls body(i) for each i below count, in turn with the others.
+template <typename Body>
+inline void share_out(int64_t count, Body body) {
+    if (team) return team->share_out(count, body);
+    for (int64_t i = 0; i < count; i++) body(i);
+}
+
+// The same by so many threads; one that is done early takes what others have left.
 template <typename Body>
 inline void share_out(int64_t num_threads, int64_t count, Body body) {
-    in_team(std::min(num_threads, count), [&] {
-        if (team) return team->share_out(count, body);
-        for (int64_t i = 0; i < count; i++) body(i);
-    });
+    in_team(std::min(num_threads, count), [&] { share_out(count, body); });
 }
