@@ -48,6 +48,7 @@ FLAGS = (
     "-fno-tree-pre",  # it fetches operands of the next round early, and the sums of this one no longer fit in registers
     "-Wall",
     "-Wno-psabi",
+    "-Wno-maybe-uninitialized",  # the headers of GCC 12 make undefined vectors that way
 )
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g", "-O1")
 TYPES = {"p": ctypes.c_void_p, "l": ctypes.c_int64, "f": ctypes.c_float}

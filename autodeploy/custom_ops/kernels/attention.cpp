@@ -1,5 +1,6 @@
 // Paged attention and the write to its cache. The keys of a request are cut into ranges that depend on the request alone, never on
 // what runs beside it or on how many threads there are, and threads take them in turn.
+#include <optional>
 #include <vector>
 
 #include "attention_decode.h"
@@ -8,7 +9,6 @@
 constexpr int64_t RANGE = 256;        // keys of a task that streams tokens
 constexpr int64_t TILE_RANGE = 2048;  // and of one that serves a single token whose group is large enough for tiles
 constexpr int64_t LARGE_GROUP = 16;
-constexpr int64_t MANY = 16;  // tiles of a request to a thread
 
 // A token whose keys were split: the partial results [first, last), each of all heads.
 struct Split {
@@ -26,7 +26,7 @@ class Plan {
     void make(const Call<T, S>& call, int64_t threads) {
         tasks.clear(), splits.clear(), partials = 0;
         for (int64_t i = 0; i < call.requests; i++)
-            if (call.new_tokens(i) > 1) add_tiles(call, i, threads);
+            if (call.new_tokens(i) > 1) add_tiles(call, i);
         const int64_t tiles = int64_t(tasks.size());
         for (int64_t i = 0; i < call.requests; i++)
             if (call.new_tokens(i) == 1) add_token(call, i);
@@ -34,15 +34,12 @@ class Plan {
     }
 
   private:
-    // Where each thread gets many, those of one head follow each other: its keys are then still near.
-    void add_tiles(const Call<T, S>& call, int64_t request, int64_t threads) {
+    // Those of one head follow each other: they share what they multiply.
+    void add_tiles(const Call<T, S>& call, int64_t request) {
         const int64_t rows = call.new_tokens(request) * call.group();
-        const int64_t tiles = (rows + ROWS - 1) / ROWS, count = tiles * call.kv_heads;
-        const bool by_head = count >= MANY * threads;
-        for (int64_t i = 0; i < count; i++) {
-            const int64_t head = by_head ? i / tiles : i % call.kv_heads, above = by_head ? i % tiles : i / call.kv_heads;
-            tasks.push_back({request, head, 1, (tiles - 1 - above) * ROWS, 0, call.seq_lens[request], -1});
-        }
+        for (int64_t head = 0; head < call.kv_heads; head++)
+            for (int64_t row = (rows - 1) / ROWS * ROWS; row >= 0; row -= ROWS)
+                tasks.push_back({request, head, 1, row, 0, call.seq_lens[request], -1});
     }
 
     // Halves the heads of tasks until there are so many tasks: heads know nothing of each other.
@@ -91,18 +88,22 @@ class Attention {
 
     // On every thread.
     void work(const Call<T, S>& call) {
-        thread_local Scratch scratch;
+        thread_local Scratch scratch, tile_scratch;
+        std::optional<Tile<T, S>> tile;
         const int64_t rows = int64_t(plan.splits.size()) * call.heads;  // read while the plan is sure to be this call's
-        share_out(int64_t(plan.tasks.size()), [&](int64_t i) { run_task(call, i, scratch); });
+        share_out(int64_t(plan.tasks.size()), [&](int64_t i) { run_task(call, i, scratch, tile, tile_scratch); });
         if (rows) share_out(rows, [&](int64_t i) { merge(call, plan.splits[i / call.heads], i % call.heads, scratch); });
     }
 
   private:
     static int64_t partial_size(const Call<T, S>& call) { return call.heads * (call.head_dim_v + 2); }
 
-    void run_task(const Call<T, S>& call, int64_t i, Scratch& scratch) {
+    void run_task(const Call<T, S>& call, int64_t i, Scratch& scratch, std::optional<Tile<T, S>>& tile, Scratch& tile_scratch) {
         const Task& task = plan.tasks[i];
-        if (task.first_row >= 0) return run_tile(call, task, scratch);
+        if (task.first_row >= 0) {
+            if (!tile) tile_scratch.reserve(Tile<T, S>::bytes(call)), tile.emplace(call, tile_scratch);
+            return run_tile(call, task, *tile);
+        }
         const Task* after = i + 1 < int64_t(plan.tasks.size()) ? &task + 1 : nullptr;
         const int64_t group = std::min<int64_t>(call.group(), MAX_SLICE);
         if (group == 1) return run_decode<1>(call, task, after, scratch);
@@ -121,9 +122,7 @@ class Attention {
             keep(call, task.partial, call.cu_seqlens_q[task.request], first + head, range.row(head));
     }
 
-    void run_tile(const Call<T, S>& call, const Task& task, Scratch& scratch) {
-        scratch.reserve(Tile<T, S>::bytes(call));
-        Tile<T, S> tile(call, scratch);
+    void run_tile(const Call<T, S>& call, const Task& task, Tile<T, S>& tile) {
         const int64_t rows = std::min<int64_t>(ROWS, call.new_tokens(task.request) * call.group() - task.first_row);
         tile.run(task.request, task.kv_head, task.first_row, rows, task.first, task.last);
         for (int64_t i = 0; i < rows; i++) {

@@ -3,6 +3,7 @@
 
 #include <cstdlib>
 #include <memory>
+#include <tuple>
 #include <type_traits>
 #include <utility>
 
@@ -15,6 +16,29 @@
 constexpr float INFINITE = std::numeric_limits<float>::infinity();
 
 inline int64_t round_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
+
+// Lanes of a and b whose number has the bit STEP change places: b's go to a where it is 1, a's to b where it is 0.
+template <int STEP, int... lane>
+inline std::pair<Vec, Vec> exchange(Vec a, Vec b, std::integer_sequence<int, lane...>) {
+    return {__builtin_shufflevector(a, b, (lane & STEP ? LANES + lane - STEP : lane)...),
+            __builtin_shufflevector(a, b, (lane & STEP ? LANES + lane : lane + STEP)...)};
+}
+
+template <int STEP>
+inline std::pair<Vec, Vec> exchange(Vec a, Vec b) {
+    return exchange<STEP>(a, b, std::make_integer_sequence<int, LANES>{});
+}
+
+// Lane i of x[j] becomes lane j of x[i].
+template <int STEP = 1>
+inline void transpose(Vec* x) {
+    if constexpr (STEP < LANES) {
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; i++)
+            if (!(i & STEP)) std::tie(x[i], x[i + STEP]) = exchange<STEP>(x[i], x[i + STEP]);
+        transpose<2 * STEP>(x);
+    }
+}
 
 // 0, 1, 2, ..
 inline IntVec counting() {
@@ -96,10 +120,6 @@ struct Singles {
     static constexpr int TOGETHER = 1, WIDTH = LANES;  // stored numbers of a unit, of an operand
     static constexpr int KEYS = LANES == 16 ? 96 : 64, HIGH = LANES == 16 ? 6 : 4;  // of a tile at a time, of them in registers
 
-    template <typename S>
-    static Unit unit(const S* from, int64_t) {
-        return widen(*from);
-    }
     static Operand load(const Unit* from) { return ::load(from); }
     static Operand spread(Unit x) { return all(x); }
     static Vec dot(Vec total, Operand a, Operand b) { return total + a * b; }
@@ -134,13 +154,6 @@ struct Pairs {
     using Operand = __m512bh;
     static constexpr int TOGETHER = 2, WIDTH = 2 * LANES, KEYS = 64, HIGH = 4;
 
-    template <typename S>
-    static Unit unit(const S* from, int64_t count) {
-        return bits(from[0]) | (count > 1 ? bits(from[1]) << 16 : 0);
-    }
-    static uint32_t bits(bf16 x) { return x.bits; }
-    static uint32_t bits(int8_t x) { return __builtin_bit_cast(uint32_t, float(x)) >> 16; }
-    static uint32_t bits(e4m3 x) { return __builtin_bit_cast(uint32_t, widen(x)) >> 16; }
     static Operand load(const Unit* from) { return (Operand)_mm512_loadu_si512(from); }
     static Operand spread(Unit x) { return (Operand)_mm512_set1_epi32(int32_t(x)); }
     static Vec dot(Vec total, Operand a, Operand b) { return _mm512_dpbf16_ps(total, a, b); }

@@ -6,12 +6,6 @@
 constexpr int BLOCK = 32;                         // tokens whose scores come before their values; the next ones are prefetched
 constexpr int MAX_SLICE = LANES < 8 ? LANES : 8;  // query rows that share each read of a key
 
-template <int STEP, int... lane>
-inline Vec fold(Vec a, Vec b, std::integer_sequence<int, lane...>) {
-    return __builtin_shufflevector(a, b, (lane & STEP ? LANES + lane - STEP : lane)...) +
-           __builtin_shufflevector(a, b, (lane & STEP ? LANES + lane : lane + STEP)...);
-}
-
 // Lane i is the sum of x[i].
 template <int STEP = 1>
 inline Vec sums(Vec* x) {
@@ -19,8 +13,10 @@ inline Vec sums(Vec* x) {
         return x[0];
     } else {
 #pragma GCC unroll 8
-        for (int i = 0; i < LANES / STEP / 2; i++)
-            x[i] = fold<STEP>(x[2 * i], x[2 * i + 1], std::make_integer_sequence<int, LANES>{});
+        for (int i = 0; i < LANES / STEP / 2; i++) {
+            const auto [a, b] = exchange<STEP>(x[2 * i], x[2 * i + 1]);
+            x[i] = a + b;
+        }
         return sums<2 * STEP>(x);
     }
 }

@@ -63,6 +63,16 @@ inline void multiply(int64_t rows, int64_t columns, const typename M::Unit* a, i
         }
 }
 
+// Keys and values of one head, from `first` to before `last`, as they are multiplied.
+template <typename Unit>
+struct Block {
+    int64_t request, kv_head, first, last;
+    Unit *keys, *values;                // [KEYS, depth], [KEYS / TOGETHER, columns]
+    float *key_scales, *value_scales;   // [KEYS]
+};
+
+constexpr int64_t KEPT_BYTES = 4 << 20;  // of a thread's blocks that the next tile of a head finds as this one has left them
+
 template <typename T, typename S>
 class Tile {
     using M = Math<T>;
@@ -71,37 +81,50 @@ class Tile {
     static_assert(ROWS % M::HIGH % LOW == 0 && KEYS % M::HIGH % LOW == 0);  // no rounding goes over them
 
     const Call<T, S>& call;
-    const int64_t depth, columns;  // units of a key; numbers of a row of the sums
-    Unit *q, *keys, *values, *weights;  // [depth, ROWS], [KEYS, depth], [KEYS / TOGETHER, columns], [KEYS / TOGETHER, ROWS]
-    float *scores, *sums;               // [KEYS, ROWS], [ROWS, columns]
+    const int64_t depth, columns;             // units of a key; numbers of a row of the sums
+    const int64_t num_blocks;
+    Block<Unit>* blocks;                      // [num_blocks]
+    Unit *q, *weights;                        // [depth, ROWS], [KEYS / TOGETHER, ROWS]
+    float *scores, *sums;                     // [KEYS, ROWS], [ROWS, columns]
     float *largest, *sum, *factors, *slopes;  // [ROWS]
-    float *key_scales, *value_scales;         // [KEYS]
     int32_t *first_seen, *position;           // [ROWS]
-    const S** tokens;                         // [2, KEYS + 1]: of these keys, with room to repeat the last one, and of the next
+    const S** tokens;                         // [2 * KEYS + 1]: of a block, with room to repeat the last one, and of the next
     int64_t num_rows = 0;
+
+    static int64_t units_of(const Call<T, S>& call) { return (call.head_dim_k + TOGETHER - 1) / TOGETHER; }
+    static int64_t columns_of(const Call<T, S>& call) { return round_up(call.head_dim_v, M::WIDTH); }
+    static int64_t block_bytes(const Call<T, S>& call) {
+        return Scratch::bytes_of<Unit>(KEYS * units_of(call)) + Scratch::bytes_of<Unit>(KEYS / TOGETHER * columns_of(call)) +
+               2 * Scratch::bytes_of<float>(KEYS);
+    }
+    // One for each that the longest request has, and one for what would be too many.
+    static int64_t num_blocks_of(const Call<T, S>& call) {
+        const int64_t longest = *std::max_element(call.seq_lens, call.seq_lens + call.requests);
+        return 1 + std::min(KEPT_BYTES / block_bytes(call), (longest + KEYS - 1) / KEYS);
+    }
 
   public:
     static int64_t bytes(const Call<T, S>& call) {
-        const int64_t depth = (call.head_dim_k + TOGETHER - 1) / TOGETHER, columns = round_up(call.head_dim_v, M::WIDTH);
-        return Scratch::bytes_of<Unit>(depth * ROWS) + Scratch::bytes_of<Unit>(KEYS * depth) +
-               Scratch::bytes_of<Unit>(KEYS / TOGETHER * columns) + Scratch::bytes_of<Unit>(KEYS / TOGETHER * ROWS) +
-               Scratch::bytes_of<float>(KEYS * ROWS) + Scratch::bytes_of<float>(ROWS * columns) +
-               6 * Scratch::bytes_of<float>(ROWS) + 2 * Scratch::bytes_of<float>(KEYS) +
-               Scratch::bytes_of<const S*>(2 * (KEYS + 1));
+        const int64_t blocks = num_blocks_of(call);
+        return Scratch::bytes_of<Block<Unit>>(blocks) + blocks * block_bytes(call) + Scratch::bytes_of<Unit>(units_of(call) * ROWS) +
+               Scratch::bytes_of<Unit>(KEYS / TOGETHER * ROWS) + Scratch::bytes_of<float>(KEYS * ROWS) +
+               Scratch::bytes_of<float>(ROWS * columns_of(call)) + 6 * Scratch::bytes_of<float>(ROWS) +
+               Scratch::bytes_of<const S*>(2 * KEYS + 1);
     }
 
     Tile(const Call<T, S>& call, Scratch& scratch)
-        : call(call), depth((call.head_dim_k + TOGETHER - 1) / TOGETHER), columns(round_up(call.head_dim_v, M::WIDTH)) {
+        : call(call), depth(units_of(call)), columns(columns_of(call)), num_blocks(num_blocks_of(call)) {
+        blocks = scratch.take<Block<Unit>>(num_blocks);
+        for (int64_t i = 0; i < num_blocks; i++)
+            blocks[i] = {-1, 0, 0, 0, scratch.take<Unit>(KEYS * depth), scratch.take<Unit>(KEYS / TOGETHER * columns),
+                         scratch.take<float>(KEYS), scratch.take<float>(KEYS)};
         q = scratch.take<Unit>(depth * ROWS);
-        keys = scratch.take<Unit>(KEYS * depth);
-        values = scratch.take<Unit>(KEYS / TOGETHER * columns);
         weights = scratch.take<Unit>(KEYS / TOGETHER * ROWS);
         scores = scratch.take<float>(KEYS * ROWS);
         sums = scratch.take<float>(ROWS * columns);
         for (float** rows : {&largest, &sum, &factors, &slopes}) *rows = scratch.take<float>(ROWS);
         for (int32_t** rows : {&first_seen, &position}) *rows = scratch.take<int32_t>(ROWS);
-        for (float** scales : {&key_scales, &value_scales}) *scales = scratch.take<float>(KEYS);
-        tokens = scratch.take<const S*>(2 * (KEYS + 1));
+        tokens = scratch.take<const S*>(2 * KEYS + 1);
     }
 
     // Rows [first_row, first_row + count) of a head of the cache, over keys [first, last) of those that they see.
@@ -110,14 +133,9 @@ class Tile {
         read_queries(request, kv_head, first_row);
         std::fill(sums, sums + ROWS * columns, 0.0f);
         first = std::max<int64_t>(first, first_seen[0]), last = std::min<int64_t>(last, position[num_rows - 1] + 1);
-        int64_t start = first, stop = std::min(last, first / KEYS * KEYS + KEYS);
-        call.find_tokens(request, start, stop, tokens);
-        for (const S **here = tokens, **next = tokens + KEYS + 1; start < last; std::swap(here, next)) {
-            const int64_t after = std::min(last, stop + KEYS);
-            call.find_tokens(request, stop, after, next);
-            prefetch(next, after - stop, kv_head * call.width);
-            add_keys(here, start, stop - start, kv_head * call.width);
-            start = stop, stop = after;
+        for (int64_t start = first, stop; start < last; start = stop) {
+            stop = std::min(last, start / KEYS * KEYS + KEYS);
+            add_keys(block(request, kv_head, start, stop), start, stop - start);
         }
     }
 
@@ -127,67 +145,87 @@ class Tile {
     // Also what each row sees; rows of padding see what the last one sees.
     void read_queries(int64_t request, int64_t kv_head, int64_t first_row) {
         const int64_t before = call.seq_lens[request] - call.new_tokens(request);
+        const T* query[ROWS];
         for (int64_t i = 0; i < ROWS; i++) {
             const int64_t row = first_row + std::min(i, num_rows - 1), token = row / call.group();
             const int64_t head = kv_head * call.group() + row % call.group();
-            const T* from = call.query(call.cu_seqlens_q[request] + token, head);
-            for (int64_t d = 0; d < depth; d++) q[d * ROWS + i] = unit_of(from, d * TOGETHER);
+            query[i] = call.query(call.cu_seqlens_q[request] + token, head);
             position[i] = int32_t(before + token);
             first_seen[i] = int32_t(call.first_seen(before + token));
             slopes[i] = call.alibi.numbers ? call.alibi[head] : 0;
             largest[i] = -INFINITE, sum[i] = 0;
         }
-    }
-
-    Unit unit_of(const T* query, int64_t d) const {
-        if (call.q_dim_stride == 1) return M::unit(query + d, call.head_dim_k - d);
-        T some[2] = {query[d * call.q_dim_stride], {}};
-        if (d + 1 < call.head_dim_k) some[1] = query[(d + 1) * call.q_dim_stride];
-        return M::unit(some, 2);
-    }
-
-    void prefetch(const S* const* next, int64_t count, int64_t place) const {
-        for (int64_t t = 0; t < count; t++)
-            for (int64_t d = 0; d < call.width; d += 64 / sizeof(S)) __builtin_prefetch(next[t] + place + d, 0, 2);
-    }
-
-    // Keys at positions start.. and their values, for all rows.
-    void add_keys(const S** here, int64_t start, int64_t count, int64_t place) {
-        const int64_t units = (count + TOGETHER - 1) / TOGETHER;
-        here[count] = here[count - 1];
-        copy_keys(here, count, place);
-        copy_values(here, units, place + call.values());
-        call.find_scales(here, count, place, 0, key_scales);
-        call.find_scales(here, count, place, 1, value_scales);
-        multiply<M>(count, num_rows, keys, depth, 1, q, ROWS, depth, nullptr, scores, ROWS);
-        for (int64_t i = 0; i < num_rows; i += LANES) weigh(i, start, count);
-        multiply<M>(num_rows, call.head_dim_v, weights, 1, ROWS, values, columns, units, factors, sums, columns);
-    }
-
-    void copy_keys(const S* const* here, int64_t count, int64_t place) {
-        for (int64_t t = 0; t < count; t++) {
-            const S* from = here[t] + place;
-            Unit* to = keys + t * depth;
-            int64_t d = 0;
-            for (; (d + LANES) * TOGETHER <= call.head_dim_k; d += LANES) {
-                const auto some = M::read(from + d * TOGETHER, M::WIDTH);
-                memcpy(to + d, &some, sizeof some);
+        for (int64_t i = 0; i < ROWS; i += LANES)
+            for (int64_t d = 0; d < depth; d += LANES) {
+                Vec x[LANES];
+                for (int r = 0; r < LANES; r++) x[r] = units(query[i + r], d);
+                transpose(x);
+                for (int64_t u = 0; u < std::min<int64_t>(LANES, depth - d); u++) memcpy(q + (d + u) * ROWS + i, x + u, sizeof *x);
             }
-            for (; d < depth; d++) to[d] = M::unit(from + d * TOGETHER, call.head_dim_k - d * TOGETHER);
-        }
     }
 
-    void copy_values(const S* const* here, int64_t units, int64_t offset) {
-        for (int64_t k = 0; k < units; k++)
+    // Units d.. of a query, one to a lane; zeros behind the last.
+    Vec units(const T* query, int64_t d) const {
+        const int64_t count = call.head_dim_k - d * TOGETHER, stride = call.q_dim_stride;
+        if (stride == 1) return (Vec)M::read(query + d * TOGETHER, count);
+        T some[M::WIDTH] = {};
+        for (int64_t i = 0; i < std::min<int64_t>(M::WIDTH, count); i++) some[i] = query[(d * TOGETHER + i) * stride];
+        return (Vec)M::read(some, M::WIDTH);
+    }
+
+    // Keys start.. and their values. Where further tiles of a head will see them each block has a place of its own, as far as there are.
+    const Block<Unit>& block(int64_t request, int64_t kv_head, int64_t start, int64_t stop) {
+        const bool is_last = call.new_tokens(request) * call.group() <= ROWS;
+        const int64_t index = start / KEYS, most = num_blocks - 1;
+        Block<Unit>& found = blocks[is_last ? most : call.window || call.chunk ? index % num_blocks : std::min(index, most)];
+        if (found.request != request || found.kv_head != kv_head || found.first != start || found.last < stop) {
+            found.request = request, found.kv_head = kv_head, found.first = start, found.last = stop;
+            read_block(found);
+        }
+        return found;
+    }
+
+    // Meanwhile the tokens behind it are fetched.
+    void read_block(const Block<Unit>& block) {
+        const int64_t count = block.last - block.first, place = block.kv_head * call.width;
+        const int64_t stop = std::min<int64_t>(block.last + KEYS, call.seq_lens[block.request]);
+        call.find_tokens(block.request, block.last, stop, tokens + KEYS + 1);
+        call.find_tokens(block.request, block.first, block.last, tokens);
+        tokens[count] = tokens[count - 1];
+        for (int64_t t = 0; t < count; t++) {
+            for (int64_t d = 0; block.last + t < stop && d < call.width; d += 64 / sizeof(S))
+                __builtin_prefetch(tokens[KEYS + 1 + t] + place + d, 0, 2);
+            int64_t d = 0;
+            for (; (d + LANES) * TOGETHER <= call.head_dim_k; d += LANES) read_key<LANES>(t, d, place, block.keys);
+            if (d < depth) read_key<0>(t, d, place, block.keys);
+        }
+        for (int64_t t = 0; t < count; t += TOGETHER)
             for (int64_t d = 0; d < call.head_dim_v; d += M::WIDTH) {
                 typename M::Operand some[TOGETHER];
-                M::interleave(here + k * TOGETHER, offset + d, call.head_dim_v - d, some);
-                memcpy(values + k * columns + d, some, sizeof some);
+                M::interleave(tokens + t, place + call.values() + d, call.head_dim_v - d, some);
+                memcpy(block.values + t / TOGETHER * columns + d, some, sizeof some);
             }
+        call.find_scales(tokens, count, place, 0, block.key_scales);
+        call.find_scales(tokens, count, place, 1, block.value_scales);
+    }
+
+    // Units d.. of a key: so many, or the rest.
+    template <int COUNT>
+    void read_key(int64_t t, int64_t d, int64_t place, Unit* keys) const {
+        const auto some = M::read(tokens[t] + place + d * TOGETHER, COUNT ? M::WIDTH : call.head_dim_k - d * TOGETHER);
+        memcpy(keys + t * depth + d, &some, (COUNT ? COUNT : depth - d) * sizeof(Unit));
+    }
+
+    // A block, or the first keys of it, for all rows.
+    void add_keys(const Block<Unit>& block, int64_t start, int64_t count) {
+        const int64_t units = (count + TOGETHER - 1) / TOGETHER;
+        multiply<M>(count, num_rows, block.keys, depth, 1, q, ROWS, depth, nullptr, scores, ROWS);
+        for (int64_t i = 0; i < num_rows; i += LANES) weigh(i, start, count, block.key_scales, block.value_scales);
+        multiply<M>(num_rows, call.head_dim_v, weights, 1, ROWS, block.values, columns, units, factors, sums, columns);
     }
 
     // Scores [count, lanes of rows i..] become weights relative to each row's largest score so far.
-    void weigh(int64_t i, int64_t start, int64_t count) {
+    void weigh(int64_t i, int64_t start, int64_t count, const float* key_scales, const float* value_scales) {
         IntVec first, last;
         memcpy(&first, first_seen + i, sizeof first);
         memcpy(&last, position + i, sizeof last);

@@ -49,8 +49,6 @@ inline void each_padded(const T* from, int64_t count, Body body) {
     body(i, load(some));
 }
 
-constexpr float ROUNDS = 3 << 22;  // numbers as large as this have no fractions
-
 // The numbers of a cache of bytes that are nearest, ties to the even one.
 inline ByteVec nearest(Vec x, int8_t) {
     return resized<ByteVec>(__builtin_convertvector((x + ROUNDS) - ROUNDS, IntVec));

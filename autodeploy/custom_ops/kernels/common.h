@@ -153,16 +153,16 @@ inline float largest(Vec x) {
 #endif
 }
 
+constexpr float ROUNDS = 3 << 22;  // numbers as large as this have no fractions
+
 // exp to a relative error of 2e-7: 2^n * 2^f with f in [-1/2, 1/2] by a polynomial; below -87.3 it is 0.
 inline Vec exp(Vec x) {
-    const Vec scaled = x * 1.44269504088896341f;
-    const IntVec whole = __builtin_convertvector(scaled + (scaled < 0 ? all(-0.5f) : all(0.5f)), IntVec);
-    const Vec n = __builtin_convertvector(whole, Vec);
+    const Vec rounded = x * 1.44269504088896341f + ROUNDS, n = rounded - ROUNDS;
     const Vec f = (x - n * 0.693359375f) + n * 2.12194440e-4f;
     Vec p = all(1.9875691500e-4f);
     for (const float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f}) p = p * f + c;
     p = p * f * f + f + 1.0f;
-    const Vec power = __builtin_bit_cast(Vec, (whole + 127) << 23);
+    const Vec power = __builtin_bit_cast(Vec, (__builtin_bit_cast(WordVec, rounded) + 127) << 23);  // n is in the lowest bits
     const Vec small = x < -87.3f ? Vec{} : p * power;
     return x > 88.7f ? all(std::numeric_limits<float>::infinity()) : small;
 }

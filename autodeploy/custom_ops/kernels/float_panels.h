@@ -29,6 +29,9 @@ constexpr int vectors_at_once(int rows) {
     return vectors;
 }
 
+// Bytes of what comes next that a group of rows fetches for each line of a panel.
+constexpr int fetched_by(int groups) { return groups == 1 ? LINE : groups == 2 ? LINE / 2 : LINE / 4; }
+
 // The even columns of a vector of words, or the odd ones.
 inline Vec half_of(const char* words, int half) {
     WordVec both;
@@ -38,16 +41,17 @@ inline Vec half_of(const char* words, int half) {
 
 // What is read and fetched depends on how many groups of rows take turns with a part of a panel: one, two, or FLOAT_GROUPS and more.
 // sums [M][vectors_at_once] += x [M][2 * words] times a part: its words, or (many groups) the floats in them, [2 * words][64].
-// One group fetches a line of `next` for each line of words, others half of one.
+// Meanwhile a part of `next` is fetched, and of many groups each fetches the rows of the next one.
 template <int M, int GROUPS>
 inline void multiply_floats(const float* x, int64_t stride, const char* panel, int64_t words, float* sums, const char* next) {
-    constexpr int C = vectors_at_once(M), FETCHED = GROUPS == 1 ? LINE : LINE / 2;
+    constexpr int C = vectors_at_once(M), FETCHED = fetched_by(GROUPS);
     constexpr bool IS_FLOAT = GROUPS == FLOAT_GROUPS;
     Vec total[M][C];
     EACH(int m = 0; m < M; m++)
     EACH(int c = 0; c < C; c++) total[m][c] = load(sums + m * WIDTH + c * LANES);
     for (int64_t word = 0; word < words; word++, panel += IS_FLOAT ? 2 * LINE : LINE, next += FETCHED) {
         EACH(int at = 0; at < FETCHED; at += 64) __builtin_prefetch(next + at, 0, 2);
+        if (IS_FLOAT) __builtin_prefetch((const char*)(x + M * stride) + word * 64, 0, 3);
         EACH(int half = 0; half < 2; half++) {
             Vec w[C];
             EACH(int c = 0; c < C; c++)
@@ -93,7 +97,8 @@ inline void multiply_float_panel(const FloatRows& x, int64_t first, const char* 
         for (int64_t group = 0; group < groups; group++) {
             const int64_t top = rows * group / groups, count = rows * (group + 1) / groups - top;
             const float* here = x.data + x.place(first + top, 2 * word);
-            const char* next = group < 2 ? from + AHEAD + group * part * (LINE / 2) : from;
+            const int fetched = fetched_by(int(groups));
+            const char* next = from + AHEAD + group % (LINE / fetched) * part * fetched;
             float* into = sums + top * WIDTH;
             if (groups == 1) multiply_floats<1>(count, here, x.row_step, from, part, into, next);
             else if (groups < FLOAT_GROUPS) multiply_floats<2>(count, here, x.row_step, from, part, into, next);
