@@ -19,6 +19,7 @@ inline void multiply(const typename M::Unit* a, int64_t row_step, int64_t unit_s
 #pragma GCC unroll 4
         for (int c = 0; c < COUNT; c++) total[r][c] = factors ? load(out + r * out_step + c * LANES) * factors[r] : Vec{};
     for (int64_t k = 0; k < units; k++) {
+        __builtin_prefetch(a + HIGH * row_step + k * (row_step == 1 ? unit_step : HIGH), 0, 3);
         typename M::Operand x[COUNT];
 #pragma GCC unroll 4
         for (int c = 0; c < COUNT; c++) x[c] = M::load(b + k * b_step + c * LANES);
@@ -230,24 +231,28 @@ class Tile {
         memcpy(&first, first_seen + i, sizeof first);
         memcpy(&last, position + i, sizeof last);
         const bool sees_all = start >= first_seen[ROWS - 1] && start + count - 1 <= position[0];
-        const Vec query = __builtin_convertvector(last, Vec), slope = load(slopes + i);
-        Vec top = load(largest + i);
-        const Vec before = top;
+        const bool is_plain = !IS_SCALED<T, S> && !call.softcap && !call.alibi.numbers && call.scale > 0;
+        const float scale = is_plain ? call.scale : 1;  // by which scores are multiplied at last
+        const Vec query = __builtin_convertvector(last, Vec), slope = load(slopes + i), before = load(largest + i);
+        Vec highest = all(-INFINITE);
         for (int64_t k = 0; k < count; k++) {
             const int32_t key = int32_t(start + k);
-            Vec x = load(scores + k * ROWS + i) * (IS_SCALED<T, S> ? call.scale * key_scales[k] : call.scale);
-            if (call.softcap) x = capped(x, call.softcap);
-            if (call.alibi.numbers) x += slope * (float(key) - query);
-            if (!sees_all) x = ((key >= first) & (key <= last)) ? x : all(-INFINITE);
-            store(scores + k * ROWS + i, x);
-            top = larger(top, x);
+            Vec x = load(scores + k * ROWS + i);
+            if (!is_plain || !sees_all) {
+                if (!is_plain) x *= IS_SCALED<T, S> ? call.scale * key_scales[k] : call.scale;
+                if (call.softcap) x = capped(x, call.softcap);
+                if (call.alibi.numbers) x += slope * (float(key) - query);
+                if (!sees_all) x = ((key >= first) & (key <= last)) ? x : all(-INFINITE);
+                store(scores + k * ROWS + i, x);
+            }
+            highest = larger(highest, x);
         }
-        const Vec base = top == -INFINITE ? Vec{} : top, factor = exp(before - base);
+        const Vec top = larger(before, highest * scale), base = top == -INFINITE ? Vec{} : top, factor = exp(before - base);
         Vec total = load(sum + i) * factor;
         for (int64_t k = 0; k < count; k += TOGETHER) {
             Vec some[2] = {};
             for (int64_t j = k; j < std::min(k + TOGETHER, count); j++) {
-                total += some[j - k] = exp(load(scores + j * ROWS + i) - base);
+                total += some[j - k] = exp_of_small(load(scores + j * ROWS + i) * scale - base);
                 if (IS_SCALED<T, S>) some[j - k] *= value_scales[j];
             }
             M::pack(some, weights + k / TOGETHER * ROWS + i);
