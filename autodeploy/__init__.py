@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from autodeploy.collector import collector_at_rest
+
 if TYPE_CHECKING:
     from autodeploy import custom_ops as ops
     from autodeploy._compile import CompiledModel, compile
@@ -84,11 +86,12 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "ops":
-        return import_module("autodeploy.custom_ops")
-    for module, names in _WHERE.items():
-        if name in names:
-            return getattr(import_module(f"autodeploy.{module}"), name)
+    with collector_at_rest():
+        if name == "ops":
+            return import_module("autodeploy.custom_ops")
+        for module, names in _WHERE.items():
+            if name in names:
+                return getattr(import_module(f"autodeploy.{module}"), name)
     raise AttributeError(f"module 'autodeploy' has no attribute '{name}'")
 
 

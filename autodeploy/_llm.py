@@ -22,6 +22,7 @@ from autodeploy._compile import (
     token_ids,
 )
 from autodeploy.checkpoint import raw_config
+from autodeploy.collector import collector_at_rest
 from autodeploy.config import LLMArgs, SamplingParams
 from autodeploy.errors import CheckpointError, ConfigError, RequestError
 from autodeploy.executor.detokenizer import IncrementalDetokenizer
@@ -168,10 +169,11 @@ def tokenizer_of(args: LLMArgs) -> Any:
     elif not folder.is_dir():
         where = folder if folder.is_absolute() else f"{folder} (relative to {Path.cwd()})"
         raise CheckpointError(f"tokenizer: {where} is not a folder. Give the path of a folder written by save_pretrained.")
-    from transformers import AutoTokenizer  # late: token ids can be served without
-
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        with collector_at_rest():
+            from transformers import AutoTokenizer  # late: token ids can be served without
+
+            tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         if len(tokenizer) <= len(tokenizer.added_tokens_decoder):  # made from config.json alone, it turns every text into nothing
             raise ValueError("its files are missing: only special tokens are known")
         return tokenizer

@@ -19,7 +19,7 @@ PACKAGE = ROOT / "autodeploy"
 
 # Each line: parts of the package <- the parts they may import, besides their own line and all that lies further upstream.
 ARROWS = {
-    ("errors", "config", "specs", "cache_folder", "huge_pages"): (),
+    ("errors", "config", "specs", "cache_folder", "huge_pages", "collector"): (),
     ("formats",): ("errors",),
     ("format_parts",): ("formats",),
     ("custom_ops",): ("config", "specs", "formats"),

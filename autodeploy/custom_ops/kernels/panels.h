@@ -6,7 +6,7 @@
 #include "common.h"
 
 constexpr int WIDTH = 64;   // outputs of a panel
-constexpr int BLOCK = 192;  // rows of x to a task
+constexpr int BLOCK = 192;  // rows of x to a task, whole groups
 constexpr int ROWS = 6;     // rows of x that are multiplied together
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int SUMS = 24;  // vectors of sums that stay in registers
@@ -103,13 +103,13 @@ inline void multiply_panel(const char* x, int64_t stride, const char* panel, int
 // How many words of a panel are taken before the next rows get their turn.
 inline int64_t depth_of(int64_t rows, int64_t blocks, int64_t words) { return rows <= ROWS ? words : blocks == 1 ? NEAR : FAR; }
 
-// Calls body(panel, top, rows, blocks) for each panel and each block of at most so many of M rows.
+// Calls body(panel, top, rows, blocks) for each panel and each block of M rows: at most so many, and whole groups, but for the last.
 template <typename Body>
 inline void each_panel(int64_t threads, int64_t M, int64_t N, int64_t most, Body body) {
-    const int64_t panels = (N + WIDTH - 1) / WIDTH, blocks = (M + most - 1) / most;
+    const int64_t panels = (N + WIDTH - 1) / WIDTH, groups = (M + ROWS - 1) / ROWS, blocks = (M + most - 1) / most;
     share_out(threads, panels * blocks, [&](int64_t task) {
-        const int64_t panel = task % panels, block = task / panels, top = M * block / blocks;
-        body(panel, top, M * (block + 1) / blocks - top, blocks);
+        const int64_t panel = task % panels, block = task / panels, top = groups * block / blocks * ROWS;
+        body(panel, top, std::min(M, groups * (block + 1) / blocks * ROWS) - top, blocks);
     });
 }
 
