@@ -3,8 +3,9 @@
     python benchmarks/attention.py [--threads N] [--rounds N]
 
 16 query heads over 8 of the cache, 128 numbers each, bfloat16. Both take turns, over several copies of the cache so that none is
-still in the CPU's own; medians. Of the two ways to serve prefill with SDPA (query heads of a group beside each other as rows or
-`enable_gqa`) the faster one counts. The floor of decoding is the bytes of the cache over the rate at which `torch.sum` reads.
+still in the CPU's own; medians. Tensors are in huge pages and freed blocks are kept, as by a server. Of the two ways to serve
+prefill with SDPA (query heads of a group beside each other as rows or `enable_gqa`) the faster one counts. The floor of decoding
+is the bytes of the cache over the rate at which `torch.sum` reads.
 The last column is our time over a cache of int8, as a share of that over one of bfloat16.
 """
 
@@ -25,6 +26,7 @@ from autodeploy import huge_pages
 from autodeploy.custom_ops import paged_attention
 from autodeploy.custom_ops.attention import scaled_rows
 from autodeploy.custom_ops.cpp_attention import cpp_paged_attention
+from autodeploy.executor.packing import returning_blocks
 
 HEADS, KV_HEADS, HEAD_DIM, PAGE = 16, 8, 128, 16
 SCALE = HEAD_DIM**-0.5
@@ -122,6 +124,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=60)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    with returning_blocks():
+        pass  # afterwards they are kept
     print(f"threads {options.threads}")
     print(f"{'':30} {'ours, ms':>9} {'SDPA':>9} {'reference':>11} {'x floor':>8} {'int8 KV':>8}")
     for case in CASES:
