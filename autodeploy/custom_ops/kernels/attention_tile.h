@@ -79,6 +79,7 @@ class Tile {
     using M = Math<T>;
     using Unit = typename M::Unit;
     static constexpr int TOGETHER = M::TOGETHER, KEYS = M::KEYS;
+    static constexpr int64_t FEW = 2 * M::HIGH;  // keys, after whose products some more of the next are fetched
     static_assert(ROWS % M::HIGH % LOW == 0 && KEYS % M::HIGH % LOW == 0);  // no rounding goes over them
 
     const Call<T, S>& call;
@@ -89,7 +90,7 @@ class Tile {
     float *scores, *sums;                     // [KEYS, ROWS], [ROWS, columns]
     float *largest, *sum, *factors, *slopes;  // [ROWS]
     int32_t *first_seen, *position;           // [ROWS]
-    const S** tokens;                         // [2 * KEYS + 1]: of a block, with room to repeat the last one, and of the next
+    const S** tokens;                         // [KEYS + 1]: of a block, with room to repeat the last one
     int64_t num_rows = 0;
 
     static int64_t units_of(const Call<T, S>& call) { return (call.head_dim_k + TOGETHER - 1) / TOGETHER; }
@@ -110,7 +111,7 @@ class Tile {
         return Scratch::bytes_of<Block<Unit>>(blocks) + blocks * block_bytes(call) + Scratch::bytes_of<Unit>(units_of(call) * ROWS) +
                Scratch::bytes_of<Unit>(KEYS / TOGETHER * ROWS) + Scratch::bytes_of<float>(KEYS * ROWS) +
                Scratch::bytes_of<float>(ROWS * columns_of(call)) + 6 * Scratch::bytes_of<float>(ROWS) +
-               Scratch::bytes_of<const S*>(2 * KEYS + 1);
+               Scratch::bytes_of<const S*>(KEYS + 1);
     }
 
     Tile(const Call<T, S>& call, Scratch& scratch)
@@ -125,7 +126,7 @@ class Tile {
         sums = scratch.take<float>(ROWS * columns);
         for (float** rows : {&largest, &sum, &factors, &slopes}) *rows = scratch.take<float>(ROWS);
         for (int32_t** rows : {&first_seen, &position}) *rows = scratch.take<int32_t>(ROWS);
-        tokens = scratch.take<const S*>(2 * KEYS + 1);
+        tokens = scratch.take<const S*>(KEYS + 1);
     }
 
     // Rows [first_row, first_row + count) of a head of the cache, over keys [first, last) of those that they see.
@@ -136,7 +137,14 @@ class Tile {
         first = std::max<int64_t>(first, first_seen[0]), last = std::min<int64_t>(last, position[num_rows - 1] + 1);
         for (int64_t start = first, stop; start < last; start = stop) {
             stop = std::min(last, start / KEYS * KEYS + KEYS);
-            add_keys(block(request, kv_head, start, stop), start, stop - start);
+            Block<Unit>& here = block_at(request, start);
+            if (!holds(here, request, kv_head, start, stop)) {
+                here.request = request, here.kv_head = kv_head, here.first = start, here.last = stop;
+                read_block(here);
+            }
+            const int64_t after = std::min(last, stop + KEYS);
+            const bool is_ready = stop == after || holds(block_at(request, stop), request, kv_head, stop, after);
+            add_keys(here, start, stop - start, is_ready ? stop : after);
         }
     }
 
@@ -174,28 +182,22 @@ class Tile {
         return (Vec)M::read(some, M::WIDTH);
     }
 
-    // Keys start.. and their values. Where further tiles of a head will see them each block has a place of its own, as far as there are.
-    const Block<Unit>& block(int64_t request, int64_t kv_head, int64_t start, int64_t stop) {
+    // Where keys start.. and their values go: where further tiles of a head will see them each block has a place, as far as there are.
+    Block<Unit>& block_at(int64_t request, int64_t start) const {
         const bool is_last = call.new_tokens(request) * call.group() <= ROWS;
         const int64_t index = start / KEYS, most = num_blocks - 1;
-        Block<Unit>& found = blocks[is_last ? most : call.window || call.chunk ? index % num_blocks : std::min(index, most)];
-        if (found.request != request || found.kv_head != kv_head || found.first != start || found.last < stop) {
-            found.request = request, found.kv_head = kv_head, found.first = start, found.last = stop;
-            read_block(found);
-        }
-        return found;
+        return blocks[is_last ? most : call.window || call.chunk ? index % num_blocks : std::min(index, most)];
     }
 
-    // Meanwhile the tokens behind it are fetched.
+    static bool holds(const Block<Unit>& block, int64_t request, int64_t kv_head, int64_t start, int64_t stop) {
+        return block.request == request && block.kv_head == kv_head && block.first == start && block.last >= stop;
+    }
+
     void read_block(const Block<Unit>& block) {
         const int64_t count = block.last - block.first, place = block.kv_head * call.width;
-        const int64_t stop = std::min<int64_t>(block.last + KEYS, call.seq_lens[block.request]);
-        call.find_tokens(block.request, block.last, stop, tokens + KEYS + 1);
         call.find_tokens(block.request, block.first, block.last, tokens);
         tokens[count] = tokens[count - 1];
         for (int64_t t = 0; t < count; t++) {
-            for (int64_t d = 0; block.last + t < stop && d < call.width; d += 64 / sizeof(S))
-                __builtin_prefetch(tokens[KEYS + 1 + t] + place + d, 0, 2);
             int64_t d = 0;
             for (; (d + LANES) * TOGETHER <= call.head_dim_k; d += LANES) read_key<LANES>(t, d, place, block.keys);
             if (d < depth) read_key<0>(t, d, place, block.keys);
@@ -217,10 +219,16 @@ class Tile {
         memcpy(keys + t * depth + d, &some, (COUNT ? COUNT : depth - d) * sizeof(Unit));
     }
 
-    // A block, or the first keys of it, for all rows.
-    void add_keys(const Block<Unit>& block, int64_t start, int64_t count) {
-        const int64_t units = (count + TOGETHER - 1) / TOGETHER;
-        multiply<M>(count, num_rows, block.keys, depth, 1, q, ROWS, depth, nullptr, scores, ROWS);
+    // A block, or the first keys of it, for all rows. Meanwhile the tokens behind them are fetched, as far as `ahead`.
+    void add_keys(const Block<Unit>& block, int64_t start, int64_t count, int64_t ahead) {
+        const int64_t units = (count + TOGETHER - 1) / TOGETHER, place = block.kv_head * call.width;
+        ahead -= start + count;
+        call.find_tokens(block.request, start + count, start + count + ahead, tokens);
+        for (int64_t k = 0; k < count; k += FEW) {
+            for (int64_t t = k; t < std::min(k + FEW, ahead); t++)
+                for (int64_t d = 0; d < call.width; d += 64 / sizeof(S)) __builtin_prefetch(tokens[t] + place + d, 0, 2);
+            multiply<M>(std::min(FEW, count - k), num_rows, block.keys + k * depth, depth, 1, q, ROWS, depth, nullptr, scores + k * ROWS, ROWS);
+        }
         for (int64_t i = 0; i < num_rows; i += LANES) weigh(i, start, count, block.key_scales, block.value_scales);
         multiply<M>(num_rows, call.head_dim_v, weights, 1, ROWS, block.values, columns, units, factors, sums, columns);
     }
