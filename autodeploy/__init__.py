@@ -1,5 +1,7 @@
 """autodeploy: compile an unmodified Hugging Face model and serve it."""
 
+import sys
+from contextlib import nullcontext
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -86,13 +88,18 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    with collector_at_rest():
-        if name == "ops":
-            return import_module("autodeploy.custom_ops")
-        for module, names in _WHERE.items():
-            if name in names:
-                return getattr(import_module(f"autodeploy.{module}"), name)
+    if name == "ops":
+        return _module("custom_ops")
+    for module, names in _WHERE.items():
+        if name in names:
+            return getattr(_module(module), name)
     raise AttributeError(f"module 'autodeploy' has no attribute '{name}'")
+
+
+def _module(name: str) -> Any:
+    full_name = f"autodeploy.{name}"
+    with nullcontext() if full_name in sys.modules else collector_at_rest():
+        return import_module(full_name)
 
 
 def __dir__() -> list[str]:

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from autodeploy.checkpoint import CheckpointSource
-from autodeploy.collector import collector_at_rest
 from autodeploy.config import LLMArgs, SamplingParams
 from autodeploy.distributed.launch import (
     Launch,
@@ -123,8 +122,7 @@ def _lowered(args: LLMArgs, timeline: Timeline, *observers: Observer) -> Lowered
         place = place_of(args, _target(args), edited, is_watched=bool(observers))
         try:
             if isinstance(place, Place):
-                with collector_at_rest():
-                    found = place.find()
+                found = place.find()
                 timeline.notes["program cache"] = "hit"
                 return found
             note = f"not used: {place}"

@@ -16,6 +16,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from autodeploy.checkpoint import CheckpointSource, raw_config
+from autodeploy.collector import collector_at_rest
 from autodeploy.config import LLMArgs
 from autodeploy.custom_ops.attention_backend import backend_named
 from autodeploy.errors import CheckpointError
@@ -58,6 +59,7 @@ class Place:
         """The name under which entries of the same folder are found again."""
         return str(self.source.folder.resolve())
 
+    @collector_at_rest()
     def find(self) -> Lowered:
         """The stored program. Raises Miss."""
         files = self.store.read(self.facts, self.model)

@@ -1,3 +1,5 @@
+"""The collector of cycles rests while things are made that stay, and nobody notices afterwards."""
+
 import gc
 import subprocess
 import sys
@@ -7,15 +9,15 @@ import pytest
 from autodeploy.collector import collector_at_rest
 
 
-def test_nothing_is_collected_meanwhile_and_all_of_it_afterwards():
+def test_nothing_is_collected_meanwhile_and_all_of_it_afterwards() -> None:
     class Node:
         alive = 0
 
-        def __init__(self):
+        def __init__(self) -> None:
             self.me = self
             Node.alive += 1
 
-        def __del__(self):
+        def __del__(self) -> None:
             Node.alive -= 1
 
     with collector_at_rest():
@@ -33,7 +35,7 @@ def test_nothing_is_collected_meanwhile_and_all_of_it_afterwards():
     assert Node.alive == 0
 
 
-def test_whoever_has_switched_it_off_or_frozen_something_finds_it_so():
+def test_whoever_has_switched_it_off_or_frozen_something_finds_it_so() -> None:
     gc.disable()
     try:
         with collector_at_rest():
@@ -52,7 +54,7 @@ def test_whoever_has_switched_it_off_or_frozen_something_finds_it_so():
 
 
 @pytest.mark.parametrize("name", ["LLM", "ops"])
-def test_importing_collects_nothing(name):
+def test_importing_collects_nothing(name: str) -> None:
     script = (
         "import gc; runs = []; gc.collect(); gc.callbacks.append(lambda phase, info: runs.append(info))\n"
         f"import autodeploy; before = len(runs); autodeploy.{name}; print(len(runs) - before, gc.isenabled())"

@@ -1,12 +1,13 @@
 """What the machine can do: the rate of a long read and of a large product of matrices, on all threads."""
 
-import mmap
 import re
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from autodeploy import huge_pages
 
 READ_BYTES = 1 << 30
 SIZE = 3072
@@ -36,17 +37,9 @@ def measure(threads: int, dtype: str, seconds: float, bits: int = 16) -> dict[st
 
 def read_rate(seconds: float) -> dict[str, Any]:
     """The sum of 1 GiB of float32: each number is read once. In pages of 4 KiB it takes 1.3 to 1.7 times as long."""
-    numbers = in_huge_pages(READ_BYTES).fill_(1.0)
+    numbers = huge_pages.empty([READ_BYTES // 4], torch.float32).fill_(1.0)
     pages = "huge" if bytes_in_huge_pages() > READ_BYTES / 2 else "small"
     return {"read_rate": READ_BYTES / best(numbers.sum, seconds), "pages": pages}
-
-
-def in_huge_pages(num_bytes: int) -> torch.Tensor:
-    """Float32 numbers, in pages of 2 MiB where the system has them."""
-    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared memory has pages of 4 KiB
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.float32)
 
 
 def bytes_in_huge_pages() -> int:

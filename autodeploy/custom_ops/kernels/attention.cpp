@@ -1,5 +1,5 @@
 // Paged attention and the write to its cache. The keys of a request are cut into ranges that depend on the request alone, never on
-// what runs beside it or on how many threads there are, and threads take them in turn.
+// what runs beside it or on how many threads there are. Each thread works on neighbours, as long as it has some of its own.
 #include <optional>
 #include <vector>
 
@@ -100,10 +100,7 @@ class Attention {
 
     void run_task(const Call<T, S>& call, int64_t i, Scratch& scratch, std::optional<Tile<T, S>>& tile, Scratch& tile_scratch) {
         const Task& task = plan.tasks[i];
-        if (task.first_row >= 0) {
-            if (!tile) tile_scratch.reserve(Tile<T, S>::bytes(call)), tile.emplace(call, tile_scratch);
-            return run_tile(call, task, *tile);
-        }
+        if (task.first_row >= 0) return run_tile(call, task, tile ? *tile : tile.emplace(call, tile_scratch));
         const Task* after = i + 1 < int64_t(plan.tasks.size()) ? &task + 1 : nullptr;
         const int64_t group = std::min<int64_t>(call.group(), MAX_SLICE);
         if (group == 1) return run_decode<1>(call, task, after, scratch);

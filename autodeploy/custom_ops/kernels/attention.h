@@ -17,7 +17,7 @@ constexpr float INFINITE = std::numeric_limits<float>::infinity();
 
 inline int64_t round_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
 
-// Lanes of a and b whose number has the bit STEP change places: b's go to a where it is 1, a's to b where it is 0.
+// Lanes of a whose number has the bit STEP change places with those of b that are STEP before them.
 template <int STEP, int... lane>
 inline std::pair<Vec, Vec> exchange(Vec a, Vec b, std::integer_sequence<int, lane...>) {
     return {__builtin_shufflevector(a, b, (lane & STEP ? LANES + lane - STEP : lane)...),

@@ -68,8 +68,8 @@ inline void multiply(int64_t rows, int64_t columns, const typename M::Unit* a, i
 template <typename Unit>
 struct Block {
     int64_t request, kv_head, first, last;
-    Unit *keys, *values;                // [KEYS, depth], [KEYS / TOGETHER, columns]
-    float *key_scales, *value_scales;   // [KEYS]
+    Unit *keys, *values;               // [KEYS, depth], [KEYS / TOGETHER, columns]
+    float *key_scales, *value_scales;  // [KEYS]
 };
 
 constexpr int64_t KEPT_BYTES = 4 << 20;  // of a thread's blocks that the next tile of a head finds as this one has left them
@@ -105,7 +105,6 @@ class Tile {
         return 1 + std::min(KEPT_BYTES / block_bytes(call), (longest + KEYS - 1) / KEYS);
     }
 
-  public:
     static int64_t bytes(const Call<T, S>& call) {
         const int64_t blocks = num_blocks_of(call);
         return Scratch::bytes_of<Block<Unit>>(blocks) + blocks * block_bytes(call) + Scratch::bytes_of<Unit>(units_of(call) * ROWS) +
@@ -114,8 +113,11 @@ class Tile {
                Scratch::bytes_of<const S*>(KEYS + 1);
     }
 
+  public:
+    // Takes all of the scratch.
     Tile(const Call<T, S>& call, Scratch& scratch)
         : call(call), depth(units_of(call)), columns(columns_of(call)), num_blocks(num_blocks_of(call)) {
+        scratch.reserve(bytes(call));
         blocks = scratch.take<Block<Unit>>(num_blocks);
         for (int64_t i = 0; i < num_blocks; i++)
             blocks[i] = {-1, 0, 0, 0, scratch.take<Unit>(KEYS * depth), scratch.take<Unit>(KEYS / TOGETHER * columns),
@@ -184,9 +186,9 @@ class Tile {
 
     // Where keys start.. and their values go: where further tiles of a head will see them each block has a place, as far as there are.
     Block<Unit>& block_at(int64_t request, int64_t start) const {
-        const bool is_last = call.new_tokens(request) * call.group() <= ROWS;
+        const bool is_only = call.new_tokens(request) * call.group() <= ROWS;
         const int64_t index = start / KEYS, most = num_blocks - 1;
-        return blocks[is_last ? most : call.window || call.chunk ? index % num_blocks : std::min(index, most)];
+        return blocks[is_only ? most : call.window || call.chunk ? index % num_blocks : std::min(index, most)];
     }
 
     static bool holds(const Block<Unit>& block, int64_t request, int64_t kv_head, int64_t start, int64_t stop) {
