@@ -36,7 +36,7 @@ class Plan {
   private:
     // Those of one head follow each other: they share what they multiply.
     void add_tiles(const Call<T, S>& call, int64_t request) {
-        const int64_t rows = call.new_tokens(request) * call.group();
+        const int64_t rows = call.num_rows(request);
         for (int64_t head = 0; head < call.kv_heads; head++)
             for (int64_t row = (rows - 1) / ROWS * ROWS; row >= 0; row -= ROWS)
                 tasks.push_back({request, head, 1, row, 0, call.seq_lens[request], -1});
@@ -100,8 +100,8 @@ class Attention {
 
     void run_task(const Call<T, S>& call, int64_t i, Scratch& scratch, std::optional<Tile<T, S>>& tile, Scratch& tile_scratch) {
         const Task& task = plan.tasks[i];
-        if (task.first_row >= 0) return run_tile(call, task, tile ? *tile : tile.emplace(call, tile_scratch));
         const Task* after = i + 1 < int64_t(plan.tasks.size()) ? &task + 1 : nullptr;
+        if (task.first_row >= 0) return run_tile(call, task, after, tile ? *tile : tile.emplace(call, tile_scratch));
         const int64_t group = std::min<int64_t>(call.group(), MAX_SLICE);
         if (group == 1) return run_decode<1>(call, task, after, scratch);
         if (group == 2) return run_decode<2>(call, task, after, scratch);
@@ -119,13 +119,11 @@ class Attention {
             keep(call, task.partial, call.cu_seqlens_q[task.request], first + head, range.row(head));
     }
 
-    void run_tile(const Call<T, S>& call, const Task& task, Tile<T, S>& tile) {
-        const int64_t rows = std::min<int64_t>(ROWS, call.new_tokens(task.request) * call.group() - task.first_row);
-        tile.run(task.request, task.kv_head, task.first_row, rows, task.first, task.last);
-        for (int64_t i = 0; i < rows; i++) {
-            const int64_t row = task.first_row + i, token = call.cu_seqlens_q[task.request] + row / call.group();
-            keep(call, task.partial, token, task.kv_head * call.group() + row % call.group(), tile.row(i));
-        }
+    void run_tile(const Call<T, S>& call, const Task& task, const Task* after, Tile<T, S>& tile) {
+        const int64_t rows = std::min<int64_t>(ROWS, call.num_rows(task.request) - task.first_row);
+        tile.run(task.request, task.kv_head, task.first_row, rows, task.first, task.last, after);
+        for (int64_t i = 0, row = task.first_row; i < rows; i++, row++)
+            keep(call, task.partial, call.token_of(task.request, row), call.head_of(task.kv_head, row), tile.row(i));
     }
 
     void keep(const Call<T, S>& call, int64_t partial, int64_t token, int64_t head, Partial row) {

@@ -83,6 +83,11 @@ struct Call {
     int64_t group() const { return heads / kv_heads; }
     int64_t new_tokens(int64_t request) const { return cu_seqlens_q[request + 1] - cu_seqlens_q[request]; }
 
+    // Rows of a request and a head of the cache: new tokens, each with the heads of the group.
+    int64_t num_rows(int64_t request) const { return new_tokens(request) * group(); }
+    int64_t token_of(int64_t request, int64_t row) const { return cu_seqlens_q[request] + row / group(); }
+    int64_t head_of(int64_t kv_head, int64_t row) const { return kv_head * group() + row % group(); }
+
     // Position of the first key that a query at that position sees.
     int64_t first_seen(int64_t position) const {
         const int64_t in_window = window ? std::max<int64_t>(0, position - window + 1) : 0;
@@ -109,6 +114,7 @@ struct Call {
     }
 
     const T* query(int64_t token, int64_t head) const { return q + token * q_token_stride + head * q_head_stride; }
+    T* output(int64_t token, int64_t head) const { return out + (token * heads + head) * head_dim_v; }
 };
 
 // Products of single floats; numbers of a cache are widened to float when they are read.
@@ -285,7 +291,7 @@ inline void finish(const Call<T, S>& call, int64_t token, int64_t head, Partial 
         before = std::exp(row.largest - top);
         total = row.sum * before + std::exp(sink - top);
     }
-    T* out = call.out + (token * call.heads + head) * call.head_dim_v;
+    T* out = call.output(token, head);
     const float factor = before / total;
     int64_t d = 0;
     for (; d + LANES <= call.head_dim_v; d += LANES) store(out + d, load(row.values + d) * factor);

@@ -5,31 +5,50 @@
 
 constexpr int ROWS = 64;
 constexpr int LOW = 4;                                              // of its rows, products of so many or of M::HIGH stay in registers,
-constexpr int WIDE = LANES == 16 ? 4 : ROWS % (3 * LANES) ? 2 : 3;  // and so many vectors of each
+constexpr int WIDE = LANES == 16 ? 4 : ROWS % (3 * LANES) ? 2 : 3;  // and so many vectors of each, which together are
+constexpr int PANEL = WIDE * LANES;                                 // numbers
 
-// out [HIGH, COUNT vectors] = out * factors + a times b. a: units at row * row_step + k * unit_step; b: units [k, b_step];
-// no factors: start from zero.
-template <class M, int HIGH, int COUNT>
-inline void multiply(const typename M::Unit* a, int64_t row_step, int64_t unit_step, const typename M::Unit* b, int64_t b_step,
-                     int64_t units, const float* factors, float* out,
-                     int64_t out_step) {
+// Lines of memory that are fetched while something is multiplied, one now and then.
+struct Lines {
+    const char **next, **end;
+
+    void add(const void* from, int64_t bytes) {
+        for (int64_t i = 0; i < bytes; i += 64) *end++ = static_cast<const char*>(from) + i;
+    }
+    void fetch() {
+        if (next != end) __builtin_prefetch(*next++, 0, 2);
+    }
+};
+
+// out [HIGH, COUNT vectors] = a times b, of units [k, STEP]. Those of a row of a are neighbours, and its rows a_step apart. Or, with
+// factors, out = out * factors + a times b, and the rows of a are neighbours, and its units a_step apart.
+template <class M, int STEP, bool HAS_FACTORS, int HIGH, int COUNT>
+inline void multiply(const typename M::Unit* a, int64_t a_step, const typename M::Unit* b, int64_t units, const float* factors, float* out,
+                     int64_t out_step, Lines& lines) {
     Vec total[HIGH][COUNT];
 #pragma GCC unroll 6
     for (int r = 0; r < HIGH; r++)
 #pragma GCC unroll 4
-        for (int c = 0; c < COUNT; c++) total[r][c] = factors ? load(out + r * out_step + c * LANES) * factors[r] : Vec{};
-    for (int64_t k = 0; k < units; k++) {
-        __builtin_prefetch(a + HIGH * row_step + k * (row_step == 1 ? unit_step : HIGH), 0, 3);
+        for (int c = 0; c < COUNT; c++) total[r][c] = HAS_FACTORS ? load(out + r * out_step + c * LANES) * factors[r] : Vec{};
+    const auto add = [&](int64_t k) __attribute__((always_inline)) {
         typename M::Operand x[COUNT];
 #pragma GCC unroll 4
-        for (int c = 0; c < COUNT; c++) x[c] = M::load(b + k * b_step + c * LANES);
+        for (int c = 0; c < COUNT; c++) x[c] = M::load(b + k * STEP + c * LANES);
 #pragma GCC unroll 6
         for (int r = 0; r < HIGH; r++) {
-            const auto one = M::spread(a[r * row_step + k * unit_step]);
+            const auto one = M::spread(HAS_FACTORS ? a[r + k * a_step] : a[r * a_step + k]);
 #pragma GCC unroll 4
             for (int c = 0; c < COUNT; c++) total[r][c] = M::dot(total[r][c], one, x[c]);
         }
+    };
+    int64_t k = 0;
+    for (; k + 2 <= units; k += 2) {
+        if (!HAS_FACTORS) __builtin_prefetch(a + HIGH * (a_step + k), 0, 3);  // the rows behind these
+        lines.fetch();
+        add(k);
+        add(k + 1);
     }
+    if (k < units) add(k);
 #pragma GCC unroll 6
     for (int r = 0; r < HIGH; r++)
 #pragma GCC unroll 4
@@ -37,30 +56,27 @@ inline void multiply(const typename M::Unit* a, int64_t row_step, int64_t unit_s
 }
 
 // The same of as many columns as there are, at most WIDE vectors, rounded up to LANES.
-template <class M, int HIGH>
-inline void multiply(int64_t columns, const typename M::Unit* a, int64_t row_step, int64_t unit_step, const typename M::Unit* b,
-                     int64_t b_step, int64_t units, const float* factors, float* out, int64_t out_step) {
-    switch (std::min<int64_t>(WIDE, (columns + LANES - 1) / LANES)) {
-        case 1: return multiply<M, HIGH, 1>(a, row_step, unit_step, b, b_step, units, factors, out, out_step);
-        case 2: return multiply<M, HIGH, 2>(a, row_step, unit_step, b, b_step, units, factors, out, out_step);
-        case 3: return multiply<M, HIGH, 3>(a, row_step, unit_step, b, b_step, units, factors, out, out_step);
-        default: return multiply<M, HIGH, WIDE>(a, row_step, unit_step, b, b_step, units, factors, out, out_step);
-    }
+template <class M, int STEP, bool HAS_FACTORS, int HIGH>
+inline void multiply(int64_t columns, const typename M::Unit* a, int64_t a_step, const typename M::Unit* b, int64_t units,
+                     const float* factors, float* out, int64_t out_step, Lines& lines) {
+    const int64_t count = std::min<int64_t>(WIDE, (columns + LANES - 1) / LANES);
+    if (count == 1) return multiply<M, STEP, HAS_FACTORS, HIGH, 1>(a, a_step, b, units, factors, out, out_step, lines);
+    if (count == 2) return multiply<M, STEP, HAS_FACTORS, HIGH, 2>(a, a_step, b, units, factors, out, out_step, lines);
+    if (count == 3) return multiply<M, STEP, HAS_FACTORS, HIGH, 3>(a, a_step, b, units, factors, out, out_step, lines);
+    multiply<M, STEP, HAS_FACTORS, HIGH, WIDE>(a, a_step, b, units, factors, out, out_step, lines);
 }
 
 // The same of any number of rows and columns; rows are rounded up, to LOW or to HIGH, but not over a multiple of both.
-template <class M>
-inline void multiply(int64_t rows, int64_t columns, const typename M::Unit* a, int64_t row_step, int64_t unit_step,
-                     const typename M::Unit* b, int64_t b_step, int64_t units, const float* factors, float* out,
-                     int64_t out_step) {
-    for (int64_t c = 0; c < columns; c += WIDE * LANES)
+template <class M, int STEP, bool HAS_FACTORS>
+inline void multiply(int64_t rows, int64_t columns, const typename M::Unit* a, int64_t a_step, const typename M::Unit* b, int64_t units,
+                     const float* factors, float* out, int64_t out_step, Lines& lines) {
+    for (int64_t c = 0; c < columns; c += PANEL)
         for (int64_t r = 0, high; r < rows; r += high) {
             high = rows - r > LOW ? M::HIGH : LOW;
-            const auto* left = a + r * row_step;
-            const float* factor = factors ? factors + r : nullptr;
+            const auto* left = a + (HAS_FACTORS ? r : r * a_step);
             float* to = out + r * out_step + c;
-            if (high == LOW) multiply<M, LOW>(columns - c, left, row_step, unit_step, b + c, b_step, units, factor, to, out_step);
-            else multiply<M, M::HIGH>(columns - c, left, row_step, unit_step, b + c, b_step, units, factor, to, out_step);
+            if (high == LOW) multiply<M, STEP, HAS_FACTORS, LOW>(columns - c, left, a_step, b + c, units, factors + r, to, out_step, lines);
+            else multiply<M, STEP, HAS_FACTORS, M::HIGH>(columns - c, left, a_step, b + c, units, factors + r, to, out_step, lines);
         }
 }
 
@@ -68,7 +84,7 @@ inline void multiply(int64_t rows, int64_t columns, const typename M::Unit* a, i
 template <typename Unit>
 struct Block {
     int64_t request, kv_head, first, last;
-    Unit *keys, *values;               // [KEYS, depth], [KEYS / TOGETHER, columns]
+    Unit *keys, *values;               // [KEYS, depth], [columns / PANEL, KEYS / TOGETHER, PANEL]
     float *key_scales, *value_scales;  // [KEYS]
 };
 
@@ -79,22 +95,23 @@ class Tile {
     using M = Math<T>;
     using Unit = typename M::Unit;
     static constexpr int TOGETHER = M::TOGETHER, KEYS = M::KEYS;
-    static constexpr int64_t FEW = 2 * M::HIGH;  // keys, after whose products some more of the next are fetched
     static_assert(ROWS % M::HIGH % LOW == 0 && KEYS % M::HIGH % LOW == 0);  // no rounding goes over them
 
     const Call<T, S>& call;
     const int64_t depth, columns;             // units of a key; numbers of a row of the sums
     const int64_t num_blocks;
     Block<Unit>* blocks;                      // [num_blocks]
-    Unit *q, *weights;                        // [depth, ROWS], [KEYS / TOGETHER, ROWS]
+    Unit* q;                                  // [depth, ROWS]
     float *scores, *sums;                     // [KEYS, ROWS], [ROWS, columns]
+    Unit* weights;                            // [KEYS / TOGETHER, ROWS], in place of the scores
     float *largest, *sum, *factors, *slopes;  // [ROWS]
     int32_t *first_seen, *position;           // [ROWS]
     const S** tokens;                         // [KEYS + 1]: of a block, with room to repeat the last one
+    const char** lines;                       // to be fetched during a block
     int64_t num_rows = 0;
 
     static int64_t units_of(const Call<T, S>& call) { return (call.head_dim_k + TOGETHER - 1) / TOGETHER; }
-    static int64_t columns_of(const Call<T, S>& call) { return round_up(call.head_dim_v, M::WIDTH); }
+    static int64_t columns_of(const Call<T, S>& call) { return round_up(call.head_dim_v, PANEL); }
     static int64_t block_bytes(const Call<T, S>& call) {
         return Scratch::bytes_of<Unit>(KEYS * units_of(call)) + Scratch::bytes_of<Unit>(KEYS / TOGETHER * columns_of(call)) +
                2 * Scratch::bytes_of<float>(KEYS);
@@ -108,9 +125,14 @@ class Tile {
     static int64_t bytes(const Call<T, S>& call) {
         const int64_t blocks = num_blocks_of(call);
         return Scratch::bytes_of<Block<Unit>>(blocks) + blocks * block_bytes(call) + Scratch::bytes_of<Unit>(units_of(call) * ROWS) +
-               Scratch::bytes_of<Unit>(KEYS / TOGETHER * ROWS) + Scratch::bytes_of<float>(KEYS * ROWS) +
-               Scratch::bytes_of<float>(ROWS * columns_of(call)) + 6 * Scratch::bytes_of<float>(ROWS) +
-               Scratch::bytes_of<const S*>(KEYS + 1);
+               Scratch::bytes_of<float>(KEYS * ROWS) + Scratch::bytes_of<float>(ROWS * columns_of(call)) +
+               6 * Scratch::bytes_of<float>(ROWS) + Scratch::bytes_of<const S*>(KEYS + 1) +
+               Scratch::bytes_of<const char*>(num_lines_of(call));
+    }
+    // Of a block, and of the queries and outputs of a tile.
+    static int64_t num_lines_of(const Call<T, S>& call) {
+        const auto of = [](int64_t bytes) { return (bytes + 63) / 64; };
+        return KEYS * of(call.width * sizeof(S)) + ROWS * (of(call.head_dim_k * sizeof(T)) + of(call.head_dim_v * sizeof(T)));
     }
 
   public:
@@ -123,16 +145,18 @@ class Tile {
             blocks[i] = {-1, 0, 0, 0, scratch.take<Unit>(KEYS * depth), scratch.take<Unit>(KEYS / TOGETHER * columns),
                          scratch.take<float>(KEYS), scratch.take<float>(KEYS)};
         q = scratch.take<Unit>(depth * ROWS);
-        weights = scratch.take<Unit>(KEYS / TOGETHER * ROWS);
         scores = scratch.take<float>(KEYS * ROWS);
+        weights = reinterpret_cast<Unit*>(scores);
         sums = scratch.take<float>(ROWS * columns);
         for (float** rows : {&largest, &sum, &factors, &slopes}) *rows = scratch.take<float>(ROWS);
         for (int32_t** rows : {&first_seen, &position}) *rows = scratch.take<int32_t>(ROWS);
         tokens = scratch.take<const S*>(KEYS + 1);
+        lines = scratch.take<const char*>(num_lines_of(call));
     }
 
     // Rows [first_row, first_row + count) of a head of the cache, over keys [first, last) of those that they see.
-    void run(int64_t request, int64_t kv_head, int64_t first_row, int64_t count, int64_t first, int64_t last) {
+    // next: what this thread will work on then, or null.
+    void run(int64_t request, int64_t kv_head, int64_t first_row, int64_t count, int64_t first, int64_t last, const Task* next) {
         num_rows = count;
         read_queries(request, kv_head, first_row);
         std::fill(sums, sums + ROWS * columns, 0.0f);
@@ -145,8 +169,14 @@ class Tile {
                 read_block(here);
             }
             const int64_t after = std::min(last, stop + KEYS);
-            const bool is_ready = stop == after || holds(block_at(request, stop), request, kv_head, stop, after);
-            add_keys(here, start, stop - start, is_ready ? stop : after);
+            Lines ahead{lines, lines};
+            if (stop < after && !holds(block_at(request, stop), request, kv_head, stop, after))
+                add_tokens(request, kv_head, stop, after, ahead);
+            if (after == last) {
+                add_outputs(request, kv_head, first_row, ahead);
+                if (next && next->first_row >= 0) add_queries(*next, ahead);
+            }
+            add_keys(here, start, stop - start, ahead);
         }
     }
 
@@ -158,11 +188,10 @@ class Tile {
         const int64_t before = call.seq_lens[request] - call.new_tokens(request);
         const T* query[ROWS];
         for (int64_t i = 0; i < ROWS; i++) {
-            const int64_t row = first_row + std::min(i, num_rows - 1), token = row / call.group();
-            const int64_t head = kv_head * call.group() + row % call.group();
-            query[i] = call.query(call.cu_seqlens_q[request] + token, head);
-            position[i] = int32_t(before + token);
-            first_seen[i] = int32_t(call.first_seen(before + token));
+            const int64_t row = first_row + std::min(i, num_rows - 1), head = call.head_of(kv_head, row);
+            query[i] = call.query(call.token_of(request, row), head);
+            position[i] = int32_t(before + row / call.group());
+            first_seen[i] = int32_t(call.first_seen(position[i]));
             slopes[i] = call.alibi.numbers ? call.alibi[head] : 0;
             largest[i] = -INFINITE, sum[i] = 0;
         }
@@ -186,7 +215,7 @@ class Tile {
 
     // Where keys start.. and their values go: where further tiles of a head will see them each block has a place, as far as there are.
     Block<Unit>& block_at(int64_t request, int64_t start) const {
-        const bool is_only = call.new_tokens(request) * call.group() <= ROWS;
+        const bool is_only = call.num_rows(request) <= ROWS;
         const int64_t index = start / KEYS, most = num_blocks - 1;
         return blocks[is_only ? most : call.window || call.chunk ? index % num_blocks : std::min(index, most)];
     }
@@ -199,40 +228,62 @@ class Tile {
         const int64_t count = block.last - block.first, place = block.kv_head * call.width;
         call.find_tokens(block.request, block.first, block.last, tokens);
         tokens[count] = tokens[count - 1];
-        for (int64_t t = 0; t < count; t++) {
-            int64_t d = 0;
-            for (; (d + LANES) * TOGETHER <= call.head_dim_k; d += LANES) read_key<LANES>(t, d, place, block.keys);
-            if (d < depth) read_key<0>(t, d, place, block.keys);
-        }
-        for (int64_t t = 0; t < count; t += TOGETHER)
-            for (int64_t d = 0; d < call.head_dim_v; d += M::WIDTH) {
-                typename M::Operand some[TOGETHER];
-                M::interleave(tokens + t, place + call.values() + d, call.head_dim_v - d, some);
-                memcpy(block.values + t / TOGETHER * columns + d, some, sizeof some);
-            }
+        read_keys(tokens, count, place, call.head_dim_k, depth, block.keys);
+        read_values(tokens, count, place + call.values(), call.head_dim_v, block.values);
         call.find_scales(tokens, count, place, 0, block.key_scales);
         call.find_scales(tokens, count, place, 1, block.value_scales);
     }
 
-    // Units d.. of a key: so many, or the rest.
-    template <int COUNT>
-    void read_key(int64_t t, int64_t d, int64_t place, Unit* keys) const {
-        const auto some = M::read(tokens[t] + place + d * TOGETHER, COUNT ? M::WIDTH : call.head_dim_k - d * TOGETHER);
-        memcpy(keys + t * depth + d, &some, (COUNT ? COUNT : depth - d) * sizeof(Unit));
+    // Numbers [count, dim] at that place of tokens to keys [count, depth].
+    static void read_keys(const S* const* tokens, int64_t count, int64_t place, int64_t dim, int64_t depth, Unit* keys) {
+        for (int64_t t = 0; t < count; t++, keys += depth) {
+            const S* from = tokens[t] + place;
+            int64_t d = 0;
+            for (; d + M::WIDTH <= dim; d += M::WIDTH) {
+                const auto some = M::read(from + d, M::WIDTH);
+                memcpy(keys + d / TOGETHER, &some, sizeof some);
+            }
+            if (d == dim) continue;
+            const auto some = M::read(from + d, dim - d);
+            memcpy(keys + d / TOGETHER, &some, (depth - d / TOGETHER) * sizeof(Unit));
+        }
     }
 
-    // A block, or the first keys of it, for all rows. Meanwhile the tokens behind them are fetched, as far as `ahead`.
-    void add_keys(const Block<Unit>& block, int64_t start, int64_t count, int64_t ahead) {
-        const int64_t units = (count + TOGETHER - 1) / TOGETHER, place = block.kv_head * call.width;
-        ahead -= start + count;
-        call.find_tokens(block.request, start + count, start + count + ahead, tokens);
-        for (int64_t k = 0; k < count; k += FEW) {
-            for (int64_t t = k; t < std::min(k + FEW, ahead); t++)
-                for (int64_t d = 0; d < call.width; d += 64 / sizeof(S)) __builtin_prefetch(tokens[t] + place + d, 0, 2);
-            multiply<M>(std::min(FEW, count - k), num_rows, block.keys + k * depth, depth, 1, q, ROWS, depth, nullptr, scores + k * ROWS, ROWS);
-        }
+    // The same to values, with room for as many as are read at once.
+    static void read_values(const S* const* tokens, int64_t count, int64_t place, int64_t dim, Unit* values) {
+        for (int64_t t = 0; t < count; t += TOGETHER, values += PANEL)
+            for (int64_t d = 0; d < dim; d += M::WIDTH) {
+                typename M::Operand some[TOGETHER];
+                M::interleave(tokens + t, place + d, dim - d, some);
+                memcpy(values + d / PANEL * PANEL * (KEYS / TOGETHER) + d % PANEL, some, sizeof some);
+            }
+    }
+
+    // What will be read or written soon.
+    void add_tokens(int64_t request, int64_t kv_head, int64_t first, int64_t last, Lines& ahead) {
+        call.find_tokens(request, first, last, tokens);
+        for (int64_t t = 0; t < last - first; t++) ahead.add(tokens[t] + kv_head * call.width, call.width * sizeof(S));
+    }
+
+    void add_outputs(int64_t request, int64_t kv_head, int64_t first_row, Lines& ahead) const {
+        for (int64_t row = first_row; row < first_row + num_rows; row++)
+            ahead.add(call.output(call.token_of(request, row), call.head_of(kv_head, row)), call.head_dim_v * sizeof(T));
+    }
+
+    void add_queries(const Task& task, Lines& ahead) const {
+        if (call.q_dim_stride != 1) return;
+        for (int64_t row = task.first_row; row < std::min(task.first_row + ROWS, call.num_rows(task.request)); row++)
+            ahead.add(call.query(call.token_of(task.request, row), call.head_of(task.kv_head, row)), call.head_dim_k * sizeof(T));
+    }
+
+    // A block, or the first keys of it, for all rows. Meanwhile what is needed next is fetched.
+    void add_keys(const Block<Unit>& block, int64_t start, int64_t count, Lines& ahead) {
+        const int64_t units = (count + TOGETHER - 1) / TOGETHER;
+        multiply<M, ROWS, false>(count, num_rows, block.keys, depth, q, depth, factors, scores, ROWS, ahead);
         for (int64_t i = 0; i < num_rows; i += LANES) weigh(i, start, count, block.key_scales, block.value_scales);
-        multiply<M>(num_rows, call.head_dim_v, weights, 1, ROWS, block.values, columns, units, factors, sums, columns);
+        for (int64_t c = 0; c < call.head_dim_v; c += PANEL)
+            multiply<M, PANEL, true>(num_rows, std::min<int64_t>(PANEL, call.head_dim_v - c), weights, ROWS,
+                                     block.values + c * (KEYS / TOGETHER), units, factors, sums + c, columns, ahead);
     }
 
     // Scores [count, lanes of rows i..] become weights relative to each row's largest score so far.
@@ -258,11 +309,12 @@ class Tile {
             highest = larger(highest, x);
         }
         const Vec top = larger(before, highest * scale), base = top == -INFINITE ? Vec{} : top, factor = exp(before - base);
+        const Vec zero = base * LOG2_E;
         Vec total = load(sum + i) * factor;
         for (int64_t k = 0; k < count; k += TOGETHER) {
             Vec some[2] = {};
             for (int64_t j = k; j < std::min(k + TOGETHER, count); j++) {
-                total += some[j - k] = exp_of_small(load(scores + j * ROWS + i) * scale - base);
+                total += some[j - k] = exp2_of_small(load(scores + j * ROWS + i) * (scale * LOG2_E) - zero);
                 if (IS_SCALED<T, S>) some[j - k] *= value_scales[j];
             }
             M::pack(some, weights + k / TOGETHER * ROWS + i);

@@ -153,16 +153,26 @@ inline float largest(Vec x) {
 #endif
 }
 
+constexpr float LOG2_E = 1.44269504088896341f;
 constexpr float ROUNDS = 3 << 22;  // numbers as large as this have no fractions
 
 // exp of what is at most 88.7, to a relative error of 2e-7: 2^n * 2^f with f in [-1/2, 1/2] by a polynomial; below -87.3 it is 0.
 inline Vec exp_of_small(Vec x) {
-    const Vec rounded = x * 1.44269504088896341f + ROUNDS, n = rounded - ROUNDS;
+    const Vec rounded = x * LOG2_E + ROUNDS, n = rounded - ROUNDS;
     const Vec f = (x - n * 0.693359375f) + n * 2.12194440e-4f;
     Vec p = all(1.9875691500e-4f);
     for (const float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f, 1.0f, 1.0f}) p = p * f + c;
     const Vec power = __builtin_bit_cast(Vec, (__builtin_bit_cast(WordVec, rounded) + 127) << 23);  // n is in the lowest bits
     return x < -87.3f ? Vec{} : p * power;
+}
+
+// 2^x of what is below 128, to a relative error of 2e-7: 2^n * 2^f with f in [-1/2, 1/2] by a polynomial; below -126 it is 0.
+inline Vec exp2_of_small(Vec x) {
+    const Vec rounded = x + ROUNDS, f = x - (rounded - ROUNDS);
+    Vec p = all(1.32647273e-3f);
+    for (const float c : {9.67151299e-3f, 5.55073358e-2f, 2.40222424e-1f, 6.93147004e-1f, 1.0f}) p = p * f + c;
+    const Vec power = __builtin_bit_cast(Vec, (__builtin_bit_cast(WordVec, rounded) + 127) << 23);  // n is in the lowest bits
+    return x < -126.0f ? Vec{} : p * power;
 }
 
 inline Vec exp(Vec x) { return x > 88.7f ? all(std::numeric_limits<float>::infinity()) : exp_of_small(x); }
