@@ -18,3 +18,10 @@ def test_the_sources_compile_for_other_instruction_sets(isa: str) -> None:
     command = ["g++", *cpp.compiler_flags(isa), "-Werror", "-fsyntax-only", *map(str, sorted(cpp.SOURCES.glob("*.cpp")))]
     found = subprocess.run(command, capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stderr[:2000]
+
+
+def test_floats_come_before_pairs_of_bfloat16_on_cpus_of_intel() -> None:
+    flags = "flags : " + " ".join({flag for needed in cpp.ISAS.values() for flag in needed})
+    assert cpp.isas_of(f"vendor_id : AuthenticAMD\n{flags}") == list(cpp.ISAS)
+    assert cpp.isas_of(f"vendor_id : GenuineIntel\n{flags}")[:3] == ["avx512_vnni", "avx512_bf16", "avx512"]
+    assert cpp.isas_of(f"vendor_id : GenuineIntel\n{flags.replace('avx512_bf16', '')}")[:2] == ["avx512_vnni", "avx512"]
