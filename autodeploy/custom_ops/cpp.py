@@ -36,7 +36,7 @@ ISAS = {
     "avx2": ("avx2", "fma"),
     "generic": (),
 }
-"""Instruction sets, the larger ones first, each with the CPU flags it needs; they are the compiler's flags too, less the underscores."""
+"""Instruction sets, larger ones first, each with the CPU flags it needs: the compiler's flags too, less the underscores."""
 FLAGS = (
     "-std=c++20",
     "-O3",
