@@ -122,8 +122,9 @@ class Attention {
     void run_tile(const Call<T, S>& call, const Task& task, const Task* after, Tile<T, S>& tile) {
         const int64_t rows = std::min<int64_t>(ROWS, call.num_rows(task.request) - task.first_row);
         tile.run(task.request, task.kv_head, task.first_row, rows, task.first, task.last, after);
-        for (int64_t i = 0, row = task.first_row; i < rows; i++, row++)
-            keep(call, task.partial, call.token_of(task.request, row), call.head_of(task.kv_head, row), tile.row(i));
+        call.each_row(task.request, task.kv_head, task.first_row, rows, [&](int64_t i, int64_t token, int64_t head) {
+            keep(call, task.partial, token, head, tile.row(i));
+        });
     }
 
     void keep(const Call<T, S>& call, int64_t partial, int64_t token, int64_t head, Partial row) {

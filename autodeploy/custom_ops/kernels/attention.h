@@ -85,8 +85,17 @@ struct Call {
 
     // Rows of a request and a head of the cache: new tokens, each with the heads of the group.
     int64_t num_rows(int64_t request) const { return new_tokens(request) * group(); }
-    int64_t token_of(int64_t request, int64_t row) const { return cu_seqlens_q[request] + row / group(); }
-    int64_t head_of(int64_t kv_head, int64_t row) const { return kv_head * group() + row % group(); }
+
+    // Calls visit(i, token, head) for each of so many rows.
+    template <typename Visit>
+    void each_row(int64_t request, int64_t kv_head, int64_t first_row, int64_t count, Visit visit) const {
+        const int64_t size = group(), first_head = kv_head * size;
+        int64_t token = cu_seqlens_q[request] + first_row / size, head = first_head + first_row % size;
+        for (int64_t i = 0; i < count; i++) {
+            visit(i, token, head);
+            if (++head == first_head + size) token++, head = first_head;
+        }
+    }
 
     // Position of the first key that a query at that position sees.
     int64_t first_seen(int64_t position) const {

@@ -172,7 +172,7 @@ class Tile {
             Lines ahead{lines, lines};
             if (stop < after && !holds(block_at(request, stop), request, kv_head, stop, after))
                 add_tokens(request, kv_head, stop, after, ahead);
-            if (after == last) {
+            if (stop < last ? after == last : start == first) {
                 add_outputs(request, kv_head, first_row, ahead);
                 if (next && next->first_row >= 0) add_queries(*next, ahead);
             }
@@ -185,16 +185,21 @@ class Tile {
   private:
     // Also what each row sees; rows of padding see what the last one sees.
     void read_queries(int64_t request, int64_t kv_head, int64_t first_row) {
-        const int64_t before = call.seq_lens[request] - call.new_tokens(request);
+        const int64_t before = call.seq_lens[request] - call.cu_seqlens_q[request + 1];  // position of a token of the call, less its index
         const T* query[ROWS];
-        for (int64_t i = 0; i < ROWS; i++) {
-            const int64_t row = first_row + std::min(i, num_rows - 1), head = call.head_of(kv_head, row);
-            query[i] = call.query(call.token_of(request, row), head);
-            position[i] = int32_t(before + row / call.group());
+        call.each_row(request, kv_head, first_row, num_rows, [&](int64_t i, int64_t token, int64_t head) {
+            query[i] = call.query(token, head);
+            position[i] = int32_t(token + before);
             first_seen[i] = int32_t(call.first_seen(position[i]));
             slopes[i] = call.alibi.numbers ? call.alibi[head] : 0;
-            largest[i] = -INFINITE, sum[i] = 0;
-        }
+        });
+        const int64_t end = num_rows - 1, rest = ROWS - num_rows;
+        std::fill_n(query + num_rows, rest, query[end]);
+        std::fill_n(position + num_rows, rest, position[end]);
+        std::fill_n(first_seen + num_rows, rest, first_seen[end]);
+        std::fill_n(slopes + num_rows, rest, slopes[end]);
+        std::fill_n(largest, ROWS, -INFINITE);
+        std::fill_n(sum, ROWS, 0.0f);
         for (int64_t i = 0; i < ROWS; i += LANES)
             for (int64_t d = 0; d < depth; d += LANES) {
                 Vec x[LANES];
@@ -266,14 +271,17 @@ class Tile {
     }
 
     void add_outputs(int64_t request, int64_t kv_head, int64_t first_row, Lines& ahead) const {
-        for (int64_t row = first_row; row < first_row + num_rows; row++)
-            ahead.add(call.output(call.token_of(request, row), call.head_of(kv_head, row)), call.head_dim_v * sizeof(T));
+        call.each_row(request, kv_head, first_row, num_rows, [&](int64_t, int64_t token, int64_t head) {
+            ahead.add(call.output(token, head), call.head_dim_v * sizeof(T));
+        });
     }
 
     void add_queries(const Task& task, Lines& ahead) const {
         if (call.q_dim_stride != 1) return;
-        for (int64_t row = task.first_row; row < std::min(task.first_row + ROWS, call.num_rows(task.request)); row++)
-            ahead.add(call.query(call.token_of(task.request, row), call.head_of(task.kv_head, row)), call.head_dim_k * sizeof(T));
+        const int64_t rows = std::min<int64_t>(ROWS, call.num_rows(task.request) - task.first_row);
+        call.each_row(task.request, task.kv_head, task.first_row, rows, [&](int64_t, int64_t token, int64_t head) {
+            ahead.add(call.query(token, head), call.head_dim_k * sizeof(T));
+        });
     }
 
     // A block, or the first keys of it, for all rows. Meanwhile what is needed next is fetched.
@@ -295,19 +303,20 @@ class Tile {
         const bool is_plain = !IS_SCALED<T, S> && !call.softcap && !call.alibi.numbers && call.scale > 0;
         const float scale = is_plain ? call.scale : 1;  // by which scores are multiplied at last
         const Vec query = __builtin_convertvector(last, Vec), slope = load(slopes + i), before = load(largest + i);
-        Vec highest = all(-INFINITE);
-        for (int64_t k = 0; k < count; k++) {
+        for (int64_t k = 0; k < count && !(is_plain && sees_all); k++) {
             const int32_t key = int32_t(start + k);
             Vec x = load(scores + k * ROWS + i);
-            if (!is_plain || !sees_all) {
-                if (!is_plain) x *= IS_SCALED<T, S> ? call.scale * key_scales[k] : call.scale;
-                if (call.softcap) x = capped(x, call.softcap);
-                if (call.alibi.numbers) x += slope * (float(key) - query);
-                if (!sees_all) x = ((key >= first) & (key <= last)) ? x : all(-INFINITE);
-                store(scores + k * ROWS + i, x);
-            }
-            highest = larger(highest, x);
+            if (!is_plain) x *= IS_SCALED<T, S> ? call.scale * key_scales[k] : call.scale;
+            if (call.softcap) x = capped(x, call.softcap);
+            if (call.alibi.numbers) x += slope * (float(key) - query);
+            if (!sees_all) x = ((key >= first) & (key <= last)) ? x : all(-INFINITE);
+            store(scores + k * ROWS + i, x);
         }
+        Vec found[4] = {all(-INFINITE), all(-INFINITE), all(-INFINITE), all(-INFINITE)};  // a CPU compares four at once
+        for (int64_t k = 0; k < count; k += 4)
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; j++) found[j] = larger(found[j], load(scores + std::min(k + j, count - 1) * ROWS + i));
+        const Vec highest = larger(larger(found[0], found[1]), larger(found[2], found[3]));
         const Vec top = larger(before, highest * scale), base = top == -INFINITE ? Vec{} : top, factor = exp(before - base);
         const Vec zero = base * LOG2_E;
         Vec total = load(sum + i) * factor;
