@@ -25,8 +25,9 @@ class Plan {
     // Long tasks come first, and short ones fill the gaps at the end.
     void make(const Call<T, S>& call, int64_t threads) {
         tasks.clear(), splits.clear(), partials = 0;
+        const int64_t size = rows_of_task(call, threads);
         for (int64_t i = 0; i < call.requests; i++)
-            if (call.new_tokens(i) > 1) add_tiles(call, i);
+            if (call.new_tokens(i) > 1) add_tiles(call, i, size);
         const int64_t tiles = int64_t(tasks.size());
         for (int64_t i = 0; i < call.requests; i++)
             if (call.new_tokens(i) == 1) add_token(call, i);
@@ -34,12 +35,19 @@ class Plan {
     }
 
   private:
-    // Those of one head follow each other: they share what they multiply.
-    void add_tiles(const Call<T, S>& call, int64_t request) {
+    // More share the keys that are made ready for them, but each thread should get some tasks.
+    static int64_t rows_of_task(const Call<T, S>& call, int64_t threads) {
+        int64_t tiles = 0;
+        for (int64_t i = 0; i < call.requests; i++)
+            if (call.new_tokens(i) > 1) tiles += call.kv_heads * ((call.num_rows(i) + ROWS - 1) / ROWS);
+        return ROWS * std::clamp<int64_t>(tiles / (4 * threads), 1, MAX_TILES);
+    }
+
+    void add_tiles(const Call<T, S>& call, int64_t request, int64_t size) {
         const int64_t rows = call.num_rows(request);
         for (int64_t head = 0; head < call.kv_heads; head++)
-            for (int64_t row = (rows - 1) / ROWS * ROWS; row >= 0; row -= ROWS)
-                tasks.push_back({request, head, 1, row, 0, call.seq_lens[request], -1});
+            for (int64_t row = (rows - 1) / size * size; row >= 0; row -= size)
+                tasks.push_back({request, head, 1, row, std::min(size, rows - row), 0, call.seq_lens[request], -1});
     }
 
     // Halves the heads of tasks until there are so many tasks: heads know nothing of each other.
@@ -62,10 +70,10 @@ class Plan {
         const int64_t before = partials;
         for (int64_t first = low; first < seq_len; first = first / size * size + size) {
             const int64_t last = std::min(seq_len, first / size * size + size), partial = is_split ? partials++ : -1;
-            if (!in_tiles) tasks.push_back({request, 0, call.kv_heads, -1, first, last, partial});
+            if (!in_tiles) tasks.push_back({request, 0, call.kv_heads, -1, 0, first, last, partial});
             for (int64_t head = 0; in_tiles && head < call.kv_heads; head++)
                 for (int64_t row = 0; row < call.group(); row += ROWS)
-                    tasks.push_back({request, head, 1, row, first, last, partial});
+                    tasks.push_back({request, head, 1, row, std::min<int64_t>(ROWS, call.group() - row), first, last, partial});
         }
         if (is_split) splits.push_back({call.cu_seqlens_q[request], before, partials});
     }
@@ -89,19 +97,19 @@ class Attention {
     // On every thread.
     void work(const Call<T, S>& call) {
         thread_local Scratch scratch, tile_scratch;
-        std::optional<Tile<T, S>> tile;
+        std::optional<Tiles<T, S>> tiles;
         const int64_t rows = int64_t(plan.splits.size()) * call.heads;  // read while the plan is sure to be this call's
-        share_out(int64_t(plan.tasks.size()), [&](int64_t i) { run_task(call, i, scratch, tile, tile_scratch); });
+        share_out(int64_t(plan.tasks.size()), [&](int64_t i) { run_task(call, i, scratch, tiles, tile_scratch); });
         if (rows) share_out(rows, [&](int64_t i) { merge(call, plan.splits[i / call.heads], i % call.heads, scratch); });
     }
 
   private:
     static int64_t partial_size(const Call<T, S>& call) { return call.heads * (call.head_dim_v + 2); }
 
-    void run_task(const Call<T, S>& call, int64_t i, Scratch& scratch, std::optional<Tile<T, S>>& tile, Scratch& tile_scratch) {
+    void run_task(const Call<T, S>& call, int64_t i, Scratch& scratch, std::optional<Tiles<T, S>>& tiles, Scratch& tile_scratch) {
         const Task& task = plan.tasks[i];
         const Task* after = i + 1 < int64_t(plan.tasks.size()) ? &task + 1 : nullptr;
-        if (task.first_row >= 0) return run_tile(call, task, after, tile ? *tile : tile.emplace(call, tile_scratch));
+        if (task.first_row >= 0) return run_tiles(call, task, after, tiles ? *tiles : tiles.emplace(call, tile_scratch));
         const int64_t group = std::min<int64_t>(call.group(), MAX_SLICE);
         if (group == 1) return run_decode<1>(call, task, after, scratch);
         if (group == 2) return run_decode<2>(call, task, after, scratch);
@@ -119,11 +127,10 @@ class Attention {
             keep(call, task.partial, call.cu_seqlens_q[task.request], first + head, range.row(head));
     }
 
-    void run_tile(const Call<T, S>& call, const Task& task, const Task* after, Tile<T, S>& tile) {
-        const int64_t rows = std::min<int64_t>(ROWS, call.num_rows(task.request) - task.first_row);
-        tile.run(task.request, task.kv_head, task.first_row, rows, task.first, task.last, after);
-        call.each_row(task.request, task.kv_head, task.first_row, rows, [&](int64_t i, int64_t token, int64_t head) {
-            keep(call, task.partial, token, head, tile.row(i));
+    void run_tiles(const Call<T, S>& call, const Task& task, const Task* after, Tiles<T, S>& tiles) {
+        tiles.run(task, after);
+        call.each_row(task.request, task.kv_head, task.first_row, task.num_rows, [&](int64_t i, int64_t token, int64_t head) {
+            keep(call, task.partial, token, head, tiles.row(i));
         });
     }
 

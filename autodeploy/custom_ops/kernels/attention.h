@@ -49,9 +49,9 @@ inline IntVec counting() {
 
 // A part of the work of a call, for one thread.
 struct Task {
-    int64_t request, kv_head, num_heads;  // heads of the cache; of a tile one
-    int64_t first_row;                    // of a tile; -1: one token
-    int64_t first, last;                  // keys; of a tile, as far as its rows see them
+    int64_t request, kv_head, num_heads;  // heads of the cache; of tiles one
+    int64_t first_row, num_rows;          // of tiles; -1: one token
+    int64_t first, last;                  // keys; of tiles, as far as their rows see them
     int64_t partial;                      // where its result goes; -1: it is the whole
 };
 

@@ -1,9 +1,11 @@
-// Attention of up to 64 query rows (tokens times the heads of a group) of one request over its keys, some at a time.
+// Attention of query rows (tokens times the heads of a group) of one request over its keys: some of these at a time, as they are
+// multiplied, for 64 rows after the other.
 #pragma once
 
 #include "attention.h"
 
 constexpr int ROWS = 64;
+constexpr int MAX_TILES = 8;                                        // of ROWS, for which keys are made ready at once
 constexpr int LOW = 4;                                              // of its rows, products of so many or of M::HIGH stay in registers,
 constexpr int WIDE = LANES == 16 ? 4 : ROWS % (3 * LANES) ? 2 : 3;  // and so many vectors of each, which together are
 constexpr int PANEL = WIDE * LANES;                                 // numbers
@@ -80,18 +82,18 @@ inline void multiply(int64_t rows, int64_t columns, const typename M::Unit* a, i
         }
 }
 
-// Keys and values of one head, from `first` to before `last`, as they are multiplied.
+// ROWS rows, or fewer: their queries, what each sees, and what it has found so far. Rows of padding see what the last one sees.
 template <typename Unit>
-struct Block {
-    int64_t request, kv_head, first, last;
-    Unit *keys, *values;               // [KEYS, depth], [columns / PANEL, KEYS / TOGETHER, PANEL]
-    float *key_scales, *value_scales;  // [KEYS]
+struct Rows {
+    int64_t count;
+    Unit* q;                         // [depth, ROWS]
+    float* sums;                     // [ROWS, columns], of weights times values
+    float *largest, *sum, *slopes;   // [ROWS]: score, sum of weights, of alibi
+    int32_t *first_seen, *position;  // [ROWS]
 };
 
-constexpr int64_t KEPT_BYTES = 4 << 20;  // of a thread's blocks that the next tile of a head finds as this one has left them
-
 template <typename T, typename S>
-class Tile {
+class Tiles {
     using M = Math<T>;
     using Unit = typename M::Unit;
     static constexpr int TOGETHER = M::TOGETHER, KEYS = M::KEYS;
@@ -99,113 +101,111 @@ class Tile {
 
     const Call<T, S>& call;
     const int64_t depth, columns;             // units of a key; numbers of a row of the sums
-    const int64_t num_blocks;
-    Block<Unit>* blocks;                      // [num_blocks]
-    Unit* q;                                  // [depth, ROWS]
-    float *scores, *sums;                     // [KEYS, ROWS], [ROWS, columns]
+    Rows<Unit> tiles[MAX_TILES];
+    Unit *keys, *values;                      // [KEYS, depth], [columns / PANEL, KEYS / TOGETHER, PANEL]
+    float *key_scales, *value_scales;         // [KEYS]
+    float* scores;                            // [KEYS, ROWS]
     Unit* weights;                            // [KEYS / TOGETHER, ROWS], in place of the scores
-    float *largest, *sum, *factors, *slopes;  // [ROWS]
-    int32_t *first_seen, *position;           // [ROWS]
-    const S** tokens;                         // [KEYS + 1]: of a block, with room to repeat the last one
-    const char** lines;                       // to be fetched during a block
-    int64_t num_rows = 0;
+    float* factors;                           // [ROWS]
+    const S** tokens;                         // [KEYS + 1]: of keys, with room to repeat the last one
+    const char** lines;                       // to be fetched meanwhile
 
     static int64_t units_of(const Call<T, S>& call) { return (call.head_dim_k + TOGETHER - 1) / TOGETHER; }
     static int64_t columns_of(const Call<T, S>& call) { return round_up(call.head_dim_v, PANEL); }
-    static int64_t block_bytes(const Call<T, S>& call) {
-        return Scratch::bytes_of<Unit>(KEYS * units_of(call)) + Scratch::bytes_of<Unit>(KEYS / TOGETHER * columns_of(call)) +
-               2 * Scratch::bytes_of<float>(KEYS);
-    }
-    // One for each that the longest request has, and one for what would be too many.
-    static int64_t num_blocks_of(const Call<T, S>& call) {
-        const int64_t longest = *std::max_element(call.seq_lens, call.seq_lens + call.requests);
-        return 1 + std::min(KEPT_BYTES / block_bytes(call), (longest + KEYS - 1) / KEYS);
-    }
-
     static int64_t bytes(const Call<T, S>& call) {
-        const int64_t blocks = num_blocks_of(call);
-        return Scratch::bytes_of<Block<Unit>>(blocks) + blocks * block_bytes(call) + Scratch::bytes_of<Unit>(units_of(call) * ROWS) +
-               Scratch::bytes_of<float>(KEYS * ROWS) + Scratch::bytes_of<float>(ROWS * columns_of(call)) +
-               6 * Scratch::bytes_of<float>(ROWS) + Scratch::bytes_of<const S*>(KEYS + 1) +
+        const int64_t of_rows = Scratch::bytes_of<Unit>(units_of(call) * ROWS) + Scratch::bytes_of<float>(ROWS * columns_of(call)) +
+                                5 * Scratch::bytes_of<float>(ROWS);
+        return MAX_TILES * of_rows + Scratch::bytes_of<Unit>(KEYS * units_of(call)) +
+               Scratch::bytes_of<Unit>(KEYS / TOGETHER * columns_of(call)) + 2 * Scratch::bytes_of<float>(KEYS) +
+               Scratch::bytes_of<float>(KEYS * ROWS) + Scratch::bytes_of<float>(ROWS) + Scratch::bytes_of<const S*>(KEYS + 1) +
                Scratch::bytes_of<const char*>(num_lines_of(call));
     }
-    // Of a block, and of the queries and outputs of a tile.
+    // Of keys and their values, and of the queries of a task and the outputs of another.
     static int64_t num_lines_of(const Call<T, S>& call) {
         const auto of = [](int64_t bytes) { return (bytes + 63) / 64; };
-        return KEYS * of(call.width * sizeof(S)) + ROWS * (of(call.head_dim_k * sizeof(T)) + of(call.head_dim_v * sizeof(T)));
+        const int64_t of_row = of(call.head_dim_k * sizeof(T)) + of(call.head_dim_v * sizeof(T));
+        return KEYS * of(call.width * sizeof(S)) + MAX_TILES * ROWS * of_row;
     }
 
   public:
     // Takes all of the scratch.
-    Tile(const Call<T, S>& call, Scratch& scratch)
-        : call(call), depth(units_of(call)), columns(columns_of(call)), num_blocks(num_blocks_of(call)) {
+    Tiles(const Call<T, S>& call, Scratch& scratch) : call(call), depth(units_of(call)), columns(columns_of(call)) {
         scratch.reserve(bytes(call));
-        blocks = scratch.take<Block<Unit>>(num_blocks);
-        for (int64_t i = 0; i < num_blocks; i++)
-            blocks[i] = {-1, 0, 0, 0, scratch.take<Unit>(KEYS * depth), scratch.take<Unit>(KEYS / TOGETHER * columns),
-                         scratch.take<float>(KEYS), scratch.take<float>(KEYS)};
-        q = scratch.take<Unit>(depth * ROWS);
+        for (Rows<Unit>& rows : tiles) {
+            rows.q = scratch.take<Unit>(depth * ROWS);
+            rows.sums = scratch.take<float>(ROWS * columns);
+            for (float** numbers : {&rows.largest, &rows.sum, &rows.slopes}) *numbers = scratch.take<float>(ROWS);
+            for (int32_t** numbers : {&rows.first_seen, &rows.position}) *numbers = scratch.take<int32_t>(ROWS);
+        }
+        keys = scratch.take<Unit>(KEYS * depth);
+        values = scratch.take<Unit>(KEYS / TOGETHER * columns);
+        for (float** numbers : {&key_scales, &value_scales}) *numbers = scratch.take<float>(KEYS);
         scores = scratch.take<float>(KEYS * ROWS);
         weights = reinterpret_cast<Unit*>(scores);
-        sums = scratch.take<float>(ROWS * columns);
-        for (float** rows : {&largest, &sum, &factors, &slopes}) *rows = scratch.take<float>(ROWS);
-        for (int32_t** rows : {&first_seen, &position}) *rows = scratch.take<int32_t>(ROWS);
+        factors = scratch.take<float>(ROWS);
         tokens = scratch.take<const S*>(KEYS + 1);
         lines = scratch.take<const char*>(num_lines_of(call));
     }
 
-    // Rows [first_row, first_row + count) of a head of the cache, over keys [first, last) of those that they see.
     // next: what this thread will work on then, or null.
-    void run(int64_t request, int64_t kv_head, int64_t first_row, int64_t count, int64_t first, int64_t last, const Task* next) {
-        num_rows = count;
-        read_queries(request, kv_head, first_row);
-        std::fill(sums, sums + ROWS * columns, 0.0f);
-        first = std::max<int64_t>(first, first_seen[0]), last = std::min<int64_t>(last, position[num_rows - 1] + 1);
-        for (int64_t start = first, stop; start < last; start = stop) {
+    void run(const Task& task, const Task* next) {
+        const int64_t count = (task.num_rows + ROWS - 1) / ROWS;
+        for (int64_t i = 0; i < count; i++) {
+            tiles[i].count = std::min<int64_t>(ROWS, task.num_rows - i * ROWS);
+            read_queries(task, task.first_row + i * ROWS, tiles[i]);
+        }
+        const int64_t first = std::max<int64_t>(task.first, tiles[0].first_seen[0]), last = end_of(tiles[count - 1], task.last);
+        for (int64_t start = first / TOGETHER * TOGETHER, stop; start < last; start = stop) {
             stop = std::min(last, start / KEYS * KEYS + KEYS);
-            Block<Unit>& here = block_at(request, start);
-            if (!holds(here, request, kv_head, start, stop)) {
-                here.request = request, here.kv_head = kv_head, here.first = start, here.last = stop;
-                read_block(here);
-            }
-            const int64_t after = std::min(last, stop + KEYS);
+            read_tokens(task, first, start, stop);
             Lines ahead{lines, lines};
-            if (stop < after && !holds(block_at(request, stop), request, kv_head, stop, after))
-                add_tokens(request, kv_head, stop, after, ahead);
-            if (stop < last ? after == last : start == first) {
-                add_outputs(request, kv_head, first_row, ahead);
+            const int64_t after = std::min(last, stop + KEYS);
+            add_tokens(task, stop, after, ahead);
+            if (stop < last ? after == last : start <= first) {
+                add_outputs(task, ahead);
                 if (next && next->first_row >= 0) add_queries(*next, ahead);
             }
-            add_keys(here, start, stop - start, ahead);
+            for (int64_t i = 0; i < count; i++) {
+                const int64_t end = end_of(tiles[i], stop);
+                if (end > start && end > tiles[i].first_seen[0]) add_keys(tiles[i], start, end - start, ahead);
+            }
         }
     }
 
-    Partial row(int64_t i) const { return {largest[i], sum[i], sums + i * columns}; }
+    // Of a task.
+    Partial row(int64_t i) const {
+        const Rows<Unit>& rows = tiles[i / ROWS];
+        return {rows.largest[i % ROWS], rows.sum[i % ROWS], rows.sums + i % ROWS * columns};
+    }
 
   private:
-    // Also what each row sees; rows of padding see what the last one sees.
-    void read_queries(int64_t request, int64_t kv_head, int64_t first_row) {
-        const int64_t before = call.seq_lens[request] - call.cu_seqlens_q[request + 1];  // position of a token of the call, less its index
+    // Behind the last key that any of them sees, but not above a limit.
+    static int64_t end_of(const Rows<Unit>& rows, int64_t limit) {
+        return std::min<int64_t>(limit, rows.position[rows.count - 1] + 1);
+    }
+
+    void read_queries(const Task& task, int64_t first_row, Rows<Unit>& rows) const {
+        const int64_t end = call.cu_seqlens_q[task.request + 1], seq_len = call.seq_lens[task.request];
         const T* query[ROWS];
-        call.each_row(request, kv_head, first_row, num_rows, [&](int64_t i, int64_t token, int64_t head) {
+        call.each_row(task.request, task.kv_head, first_row, rows.count, [&](int64_t i, int64_t token, int64_t head) {
             query[i] = call.query(token, head);
-            position[i] = int32_t(token + before);
-            first_seen[i] = int32_t(call.first_seen(position[i]));
-            slopes[i] = call.alibi.numbers ? call.alibi[head] : 0;
+            rows.position[i] = int32_t(seq_len - end + token);
+            rows.first_seen[i] = int32_t(call.first_seen(rows.position[i]));
+            rows.slopes[i] = call.alibi.numbers ? call.alibi[head] : 0;
         });
-        const int64_t end = num_rows - 1, rest = ROWS - num_rows;
-        std::fill_n(query + num_rows, rest, query[end]);
-        std::fill_n(position + num_rows, rest, position[end]);
-        std::fill_n(first_seen + num_rows, rest, first_seen[end]);
-        std::fill_n(slopes + num_rows, rest, slopes[end]);
-        std::fill_n(largest, ROWS, -INFINITE);
-        std::fill_n(sum, ROWS, 0.0f);
+        for (int64_t i = rows.count; i < ROWS; i++) {
+            query[i] = query[i - 1], rows.position[i] = rows.position[i - 1];
+            rows.first_seen[i] = rows.first_seen[i - 1], rows.slopes[i] = rows.slopes[i - 1];
+        }
+        std::fill_n(rows.largest, ROWS, -INFINITE);
+        std::fill_n(rows.sum, ROWS, 0.0f);
+        std::fill_n(rows.sums, ROWS * columns, 0.0f);
         for (int64_t i = 0; i < ROWS; i += LANES)
             for (int64_t d = 0; d < depth; d += LANES) {
                 Vec x[LANES];
                 for (int r = 0; r < LANES; r++) x[r] = units(query[i + r], d);
                 transpose(x);
-                for (int64_t u = 0; u < std::min<int64_t>(LANES, depth - d); u++) memcpy(q + (d + u) * ROWS + i, x + u, sizeof *x);
+                for (int64_t u = 0; u < std::min<int64_t>(LANES, depth - d); u++) memcpy(rows.q + (d + u) * ROWS + i, x + u, sizeof *x);
             }
     }
 
@@ -218,25 +218,16 @@ class Tile {
         return (Vec)M::read(some, M::WIDTH);
     }
 
-    // Where keys start.. and their values go: where further tiles of a head will see them each block has a place, as far as there are.
-    Block<Unit>& block_at(int64_t request, int64_t start) const {
-        const bool is_only = call.num_rows(request) <= ROWS;
-        const int64_t index = start / KEYS, most = num_blocks - 1;
-        return blocks[is_only ? most : call.window || call.chunk ? index % num_blocks : std::min(index, most)];
-    }
-
-    static bool holds(const Block<Unit>& block, int64_t request, int64_t kv_head, int64_t start, int64_t stop) {
-        return block.request == request && block.kv_head == kv_head && block.first == start && block.last >= stop;
-    }
-
-    void read_block(const Block<Unit>& block) {
-        const int64_t count = block.last - block.first, place = block.kv_head * call.width;
-        call.find_tokens(block.request, block.first, block.last, tokens);
+    // Keys and values of tokens start.. to before stop. Where start is before the first that may be read, that one is read twice.
+    void read_tokens(const Task& task, int64_t first, int64_t start, int64_t stop) {
+        const int64_t count = stop - start, unseen = std::max<int64_t>(0, first - start), place = task.kv_head * call.width;
+        call.find_tokens(task.request, start + unseen, stop, tokens + unseen);
+        std::fill_n(tokens, unseen, tokens[unseen]);
         tokens[count] = tokens[count - 1];
-        read_keys(tokens, count, place, call.head_dim_k, depth, block.keys);
-        read_values(tokens, count, place + call.values(), call.head_dim_v, block.values);
-        call.find_scales(tokens, count, place, 0, block.key_scales);
-        call.find_scales(tokens, count, place, 1, block.value_scales);
+        read_keys(tokens, count, place, call.head_dim_k, depth, keys);
+        read_values(tokens, count, place + call.values(), call.head_dim_v, values);
+        call.find_scales(tokens, count, place, 0, key_scales);
+        call.find_scales(tokens, count, place, 1, value_scales);
     }
 
     // Numbers [count, dim] at that place of tokens to keys [count, depth].
@@ -265,44 +256,43 @@ class Tile {
     }
 
     // What will be read or written soon.
-    void add_tokens(int64_t request, int64_t kv_head, int64_t first, int64_t last, Lines& ahead) {
-        call.find_tokens(request, first, last, tokens);
-        for (int64_t t = 0; t < last - first; t++) ahead.add(tokens[t] + kv_head * call.width, call.width * sizeof(S));
+    void add_tokens(const Task& task, int64_t first, int64_t last, Lines& ahead) {
+        call.find_tokens(task.request, first, last, tokens);
+        for (int64_t t = 0; t < last - first; t++) ahead.add(tokens[t] + task.kv_head * call.width, call.width * sizeof(S));
     }
 
-    void add_outputs(int64_t request, int64_t kv_head, int64_t first_row, Lines& ahead) const {
-        call.each_row(request, kv_head, first_row, num_rows, [&](int64_t, int64_t token, int64_t head) {
+    void add_outputs(const Task& task, Lines& ahead) const {
+        call.each_row(task.request, task.kv_head, task.first_row, task.num_rows, [&](int64_t, int64_t token, int64_t head) {
             ahead.add(call.output(token, head), call.head_dim_v * sizeof(T));
         });
     }
 
     void add_queries(const Task& task, Lines& ahead) const {
         if (call.q_dim_stride != 1) return;
-        const int64_t rows = std::min<int64_t>(ROWS, call.num_rows(task.request) - task.first_row);
-        call.each_row(task.request, task.kv_head, task.first_row, rows, [&](int64_t, int64_t token, int64_t head) {
+        call.each_row(task.request, task.kv_head, task.first_row, task.num_rows, [&](int64_t, int64_t token, int64_t head) {
             ahead.add(call.query(token, head), call.head_dim_k * sizeof(T));
         });
     }
 
-    // A block, or the first keys of it, for all rows. Meanwhile what is needed next is fetched.
-    void add_keys(const Block<Unit>& block, int64_t start, int64_t count, Lines& ahead) {
+    // The keys that were read last, or the first of them. Meanwhile what is needed next is fetched.
+    void add_keys(const Rows<Unit>& rows, int64_t start, int64_t count, Lines& ahead) {
         const int64_t units = (count + TOGETHER - 1) / TOGETHER;
-        multiply<M, ROWS, false>(count, num_rows, block.keys, depth, q, depth, factors, scores, ROWS, ahead);
-        for (int64_t i = 0; i < num_rows; i += LANES) weigh(i, start, count, block.key_scales, block.value_scales);
+        multiply<M, ROWS, false>(count, rows.count, keys, depth, rows.q, depth, factors, scores, ROWS, ahead);
+        for (int64_t i = 0; i < rows.count; i += LANES) weigh(rows, i, start, count);
         for (int64_t c = 0; c < call.head_dim_v; c += PANEL)
-            multiply<M, PANEL, true>(num_rows, std::min<int64_t>(PANEL, call.head_dim_v - c), weights, ROWS,
-                                     block.values + c * (KEYS / TOGETHER), units, factors, sums + c, columns, ahead);
+            multiply<M, PANEL, true>(rows.count, std::min<int64_t>(PANEL, call.head_dim_v - c), weights, ROWS,
+                                     values + c * (KEYS / TOGETHER), units, factors, rows.sums + c, columns, ahead);
     }
 
     // Scores [count, lanes of rows i..] become weights relative to each row's largest score so far.
-    void weigh(int64_t i, int64_t start, int64_t count, const float* key_scales, const float* value_scales) {
+    void weigh(const Rows<Unit>& rows, int64_t i, int64_t start, int64_t count) {
         IntVec first, last;
-        memcpy(&first, first_seen + i, sizeof first);
-        memcpy(&last, position + i, sizeof last);
-        const bool sees_all = start >= first_seen[ROWS - 1] && start + count - 1 <= position[0];
+        memcpy(&first, rows.first_seen + i, sizeof first);
+        memcpy(&last, rows.position + i, sizeof last);
+        const bool sees_all = start >= rows.first_seen[ROWS - 1] && start + count - 1 <= rows.position[0];
         const bool is_plain = !IS_SCALED<T, S> && !call.softcap && !call.alibi.numbers && call.scale > 0;
         const float scale = is_plain ? call.scale : 1;  // by which scores are multiplied at last
-        const Vec query = __builtin_convertvector(last, Vec), slope = load(slopes + i), before = load(largest + i);
+        const Vec query = __builtin_convertvector(last, Vec), slope = load(rows.slopes + i), before = load(rows.largest + i);
         for (int64_t k = 0; k < count && !(is_plain && sees_all); k++) {
             const int32_t key = int32_t(start + k);
             Vec x = load(scores + k * ROWS + i);
@@ -319,7 +309,7 @@ class Tile {
         const Vec highest = larger(larger(found[0], found[1]), larger(found[2], found[3]));
         const Vec top = larger(before, highest * scale), base = top == -INFINITE ? Vec{} : top, factor = exp(before - base);
         const Vec zero = base * LOG2_E;
-        Vec total = load(sum + i) * factor;
+        Vec total = load(rows.sum + i) * factor;
         for (int64_t k = 0; k < count; k += TOGETHER) {
             Vec some[2] = {};
             for (int64_t j = k; j < std::min(k + TOGETHER, count); j++) {
@@ -328,8 +318,8 @@ class Tile {
             }
             M::pack(some, weights + k / TOGETHER * ROWS + i);
         }
-        store(sum + i, total);
-        store(largest + i, top);
+        store(rows.sum + i, total);
+        store(rows.largest + i, top);
         store(factors + i, factor);
     }
 };
