@@ -127,7 +127,6 @@ struct Call {
 };
 
 // Products of single floats; numbers of a cache are widened to float when they are read.
-template <typename T>
 struct Singles {
     using Stored = float;  // a number of q, or of a copy of keys
     using Unit = float;    // what one lane of an operand holds: TOGETHER stored numbers
@@ -223,12 +222,12 @@ struct Pairs {
 };
 
 template <typename T>
-using Math = std::conditional_t<std::is_same_v<T, bf16>, Pairs, Singles<T>>;
+using Math = std::conditional_t<std::is_same_v<T, bf16>, Pairs, Singles>;
 
 #else
 
 template <typename T>
-using Math = Singles<T>;
+using Math = Singles;
 
 #endif
 
