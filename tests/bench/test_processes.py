@@ -123,7 +123,8 @@ def test_the_read_rate_is_that_of_huge_pages_where_there_are_any() -> None:
 
 def test_a_step_of_64_requests_that_are_waited_for_costs_hardly_more_than_that_of_one() -> None:
     measure = runpy.run_path(str(WORKERS / "worker_scheduling.py"))["measure"]
-    one, many = (measure(num_requests, 40, 60)["seconds"] for num_requests in (1, 64))
+    turns = [[measure(num_requests, 40, 60)["seconds"] for num_requests in (1, 64)] for _ in range(3)]  # others are at work too
+    one, many = ({what: min(run[what] for run in runs) for what in runs[0]} for runs in zip(*turns, strict=True))
     assert 0 < many["waited for"] < 2 * one["waited for"]
     assert many["waited for"] < many["streamed"]
 
