@@ -138,11 +138,12 @@ def test_a_mixed_batch_is_as_near_to_float64_as_the_reference(dtype: torch.dtype
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_bits_of_a_row_do_not_depend_on_how_many_share_its_keys(dtype: torch.dtype, extras: Extras) -> None:
     torch.manual_seed(0)
-    step = Step(Shape(4, 2, 64, 64, 16), dtype, extras, [(40, 1500), (100, 100), (431, 800), (2, 2), (60, 1000)])
+    step = Step(Shape(6, 2, 64, 64, 16), dtype, extras, [(40, 1500), (100, 100), (431, 800), (2, 2), (60, 1000)])
+    step.q *= 8  # weights of all sizes, whose sums tell in which order they are made
     expected = paged_attention.reference(*step.arguments(torch.float64))
     reference = error(paged_attention.reference(*step.arguments()), expected)
     whole = run(*step.arguments())
-    assert error(whole, expected) <= (1e-6 if dtype is torch.float32 else 1.2 * reference)
+    assert error(whole, expected) <= 1.2 * reference
     starts, before = step.cu_seqlens_q.tolist(), torch.get_num_threads()
     try:
         for threads in (1, 3, 32):  # with more threads fewer rows do
