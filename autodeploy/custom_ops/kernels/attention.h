@@ -131,6 +131,7 @@ struct Singles {
     using Stored = float;  // a number of q, or of a copy of keys
     using Unit = float;    // what one lane of an operand holds: TOGETHER stored numbers
     using Operand = Vec;
+    using Value = Vec;     // an operand that was interleaved
     static constexpr int TOGETHER = 1, WIDTH = LANES;  // stored numbers of a unit, of an operand
     static constexpr int KEYS = LANES == 16 ? 96 : 64, HIGH = LANES == 16 ? 6 : 4;  // of a tile at a time, of them in registers
 
@@ -149,14 +150,61 @@ struct Singles {
 
     // Numbers of TOGETHER tokens, so that a lane holds the same number of each.
     template <typename S>
-    static void interleave(const S* const* tokens, int64_t offset, int64_t count, Operand* into) {
+    static void interleave(const S* const* tokens, int64_t offset, int64_t count, Value* into) {
         into[0] = read(tokens[0] + offset, count);
     }
 
     // Weights [TOGETHER] of rows of lanes as units.
     static void pack(const Vec* weights, Unit* into) { store(into, weights[0]); }
-    // Consecutive weights [TOGETHER * LANES] of one row as units.
-    static void pack_row(const float* weights, Unit* into) { store(into, ::load(weights)); }
+
+    // Sums of columns that were interleaved, in their order.
+    static void in_order(float*, int64_t) {}
+};
+
+// The first of so many numbers, zeros behind them.
+inline WordVec some_of(const bf16* from, int64_t count) {
+#if defined(__AVX512F__)
+    if (count < 2 * LANES) return (WordVec)_mm512_maskz_loadu_epi16(__mmask32((uint64_t(1) << count) - 1), from);
+#endif
+    WordVec some = {};
+    memcpy(&some, from, std::min<int64_t>(count, 2 * LANES) * sizeof *from);
+    return some;
+}
+
+// Products of single floats that are read from bf16 two vectors at a time: the numbers at even places, and those at odd ones.
+struct Halves : Singles {
+    struct Operand {
+        Vec even, odd;
+    };
+    static constexpr int WIDTH = 2 * LANES;
+
+    static Operand load(const float* from) { return {::load(from), ::load(from + LANES)}; }
+    static Operand read(const bf16* from, int64_t count) {
+        const WordVec both = some_of(from, count);
+        return {__builtin_bit_cast(Vec, both << 16), __builtin_bit_cast(Vec, both & 0xffff0000)};
+    }
+    static void interleave(const bf16* const* tokens, int64_t offset, int64_t count, Value* into) {
+        const Operand both = read(tokens[0] + offset, count);
+        into[0] = both.even, into[1] = both.odd;
+    }
+
+    using Singles::dot;
+    static Vec dot(Vec total, Operand a, Operand b) { return total + a.even * b.even + a.odd * b.odd; }
+
+    static void in_order(float* sums, int64_t count) {
+        for (float* end = sums + count; sums < end; sums += WIDTH) {
+            const auto [low, high] = zipped(::load(sums), ::load(sums + LANES), std::make_integer_sequence<int, LANES>{});
+            store(sums, low), store(sums + LANES, high);
+        }
+    }
+
+  private:
+    // a0, b0, a1, b1, ..
+    template <int... lane>
+    static std::pair<Vec, Vec> zipped(Vec a, Vec b, std::integer_sequence<int, lane...>) {
+        return {__builtin_shufflevector(a, b, (lane / 2 + lane % 2 * LANES)...),
+                __builtin_shufflevector(a, b, (LANES / 2 + lane / 2 + lane % 2 * LANES)...)};
+    }
 };
 
 #if defined(__AVX512BF16__)
@@ -166,16 +214,14 @@ struct Pairs {
     using Stored = bf16;
     using Unit = uint32_t;
     using Operand = __m512bh;
+    using Value = Operand;
     static constexpr int TOGETHER = 2, WIDTH = 2 * LANES, KEYS = 64, HIGH = 4;
 
     static Operand load(const Unit* from) { return (Operand)_mm512_loadu_si512(from); }
     static Operand spread(Unit x) { return (Operand)_mm512_set1_epi32(int32_t(x)); }
     static Vec dot(Vec total, Operand a, Operand b) { return _mm512_dpbf16_ps(total, a, b); }
 
-    static __m512i words(const bf16* from, int64_t count) {
-        if (count >= WIDTH) return _mm512_loadu_si512(from);
-        return _mm512_maskz_loadu_epi16(__mmask32((uint64_t(1) << count) - 1), from);
-    }
+    static __m512i words(const bf16* from, int64_t count) { return (__m512i)some_of(from, count); }
     static __m512i words(const int8_t* from, int64_t count) {
         const __mmask32 given = count >= WIDTH ? ~__mmask32(0) : __mmask32((uint64_t(1) << count) - 1);
         const __m512i whole = _mm512_cvtepi8_epi16(_mm256_maskz_loadu_epi8(given, from));
@@ -199,7 +245,7 @@ struct Pairs {
     }
 
     template <typename S>
-    static void interleave(const S* const* tokens, int64_t offset, int64_t count, Operand* into) {
+    static void interleave(const S* const* tokens, int64_t offset, int64_t count, Value* into) {
         const __m512i first = words(tokens[0] + offset, count), second = words(tokens[1] + offset, count);
         into[0] = (Operand)_mm512_permutex2var_epi16(first, alternating(0), second);
         into[1] = (Operand)_mm512_permutex2var_epi16(first, alternating(16), second);
@@ -209,9 +255,7 @@ struct Pairs {
         const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(weights[1], weights[0]);
         _mm512_storeu_si512(into, _mm512_permutex2var_epi16(both, alternating(0), _mm512_shuffle_i64x2(both, both, 0x4e)));
     }
-    static void pack_row(const float* weights, Unit* into) {
-        _mm512_storeu_si512(into, (__m512i)_mm512_cvtne2ps_pbh(::load(weights + LANES), ::load(weights)));
-    }
+    static void in_order(float*, int64_t) {}
 
     // Indices of words start, start + 1, .. of a first vector, each followed by the same one of a second vector.
     static __m512i alternating(int start) {
@@ -230,6 +274,10 @@ template <typename T>
 using Math = Singles;
 
 #endif
+
+// Where every number of a cache is used by few rows, so that reading it counts.
+template <typename T, typename S>
+using Streamed = std::conditional_t<std::is_same_v<Math<T>, Singles> && std::is_same_v<S, bf16>, Halves, Math<T>>;
 
 // Memory of a thread that grows to what the largest call needs, and stays. Sanitizers get a gap behind each part to watch.
 class Scratch {
@@ -280,6 +328,34 @@ inline Vec capped(Vec score, float softcap) {
     for (const float c : {2.06390887954e-2f, -5.37397155531e-2f, 1.33314422036e-1f, -3.33332819422e-1f}) p = p * square + c;
     const Vec far = 1 - 2 / (exp(2 * size) + 1);
     return softcap * (size < 0.625f ? x + x * square * p : x < 0 ? -far : far);
+}
+
+// Scores [count, LANES], those of a key `step` behind those of the one before and yet to be multiplied by a scale, become weights
+// relative to the largest score of each lane so far. Those of earlier keys are to be multiplied by factors. scaled: weights of a key
+// as values are multiplied by them.
+template <class M, typename Scaled>
+inline void to_weights(const float* scores, int64_t step, int64_t count, float scale, float* largest, float* sum, float* factors,
+                       typename M::Unit* weights, Scaled scaled) {
+    Vec found[4] = {all(-INFINITE), all(-INFINITE), all(-INFINITE), all(-INFINITE)};  // a CPU compares four at once
+    for (int64_t k = 0; k < count; k += 4)
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) found[j] = larger(found[j], load(scores + std::min(k + j, count - 1) * step));
+    const Vec highest = larger(larger(found[0], found[1]), larger(found[2], found[3])), before = load(largest);
+    const Vec top = larger(before, highest * scale), base = top == -INFINITE ? Vec{} : top, factor = exp(before - base);
+    const Vec zero = base * LOG2_E;
+    Vec total = load(sum) * factor;
+    for (int64_t k = 0; k < count; k += M::TOGETHER) {
+        Vec some[2] = {};
+        for (int64_t j = k; j < std::min(k + M::TOGETHER, count); j++) {
+            const Vec weight = exp2_of_small(load(scores + j * step) * (scale * LOG2_E) - zero);
+            total += weight;
+            some[j - k] = scaled(j, weight);
+        }
+        M::pack(some, weights + k / M::TOGETHER * step);
+    }
+    store(sum, total);
+    store(largest, top);
+    store(factors, factor);
 }
 
 // What a row of queries has found among some keys.

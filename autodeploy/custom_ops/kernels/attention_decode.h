@@ -1,9 +1,10 @@
-// Attention of one new token over a range of keys: the cache keeps all heads of a token together, so whole tokens are streamed.
+// Attention of one new token over a range of keys. The cache keeps all heads of a token together, and memory is read in its order:
+// a few tokens at a time, their keys and then their values.
 #pragma once
 
 #include "attention.h"
 
-constexpr int BLOCK = 32;                         // tokens whose scores come before their values; the next ones are prefetched
+constexpr int AHEAD = 32;                         // tokens that are on their way from memory
 constexpr int MAX_SLICE = LANES < 8 ? LANES : 8;  // query rows that share each read of a key
 
 // Lane i is the sum of x[i].
@@ -21,20 +22,21 @@ inline Vec sums(Vec* x) {
     }
 }
 
-// Asks for the tokens of the next block in the order of memory, while those of this one are worked on.
+// Asks for tokens in the order of memory, a line at a time, while earlier ones are worked on.
 template <typename S>
 struct Ahead {
     const S* const* token;
-    const S* const* end;
-    int64_t width, at = 0;  // numbers of a token, and how many of them have been asked for
+    const int64_t bytes;  // of a token
+    const S* const* end = token;
+    const char *at = nullptr, *stop = nullptr;
 
-    void ask(int64_t count) {
-        while (count > 0 && token != end) {
-            const int64_t stop = std::min(width, at + count);
-            count -= stop - at;
-            for (; at < stop; at += 64 / sizeof(S)) __builtin_prefetch(*token + at, 0, 2);
-            if (at >= width) token++, at = 0;
+    void fetch() {
+        if (at >= stop) {
+            if (token == end) return;
+            at = reinterpret_cast<const char*>(*token++), stop = at + bytes;
         }
+        __builtin_prefetch(at, 0, 2);
+        at += 64;
     }
 };
 
@@ -42,64 +44,69 @@ struct Ahead {
 // group are zeros.
 template <typename T, typename S, int ROWS>
 class DecodeRange {
-    using M = Math<T>;
-    static constexpr int TOKENS = LANES / ROWS;                     // whose scores are summed at once
-    static constexpr int OPERANDS = ROWS > 2 ? 16 / ROWS : 8;       // vectors of values whose sums stay in registers
+    using M = Streamed<T, S>;
+    static constexpr int TOKENS = std::min(4, LANES / ROWS), SLICES = LANES / ROWS / TOKENS;  // whose scores are summed at once
+    static constexpr int BLOCK = std::max(8, 4 * ROWS);         // tokens whose scores come before their values
+    static constexpr int OPERANDS = ROWS > 2 ? 16 / ROWS : 8;   // vectors of values whose sums stay in registers
+    static constexpr int LINE = 64 / sizeof(S);                 // numbers of a line of memory
 
     const Call<T, S>& call;
-    const int64_t first_head, num_heads;   // of the cache
-    const int64_t slices, depth, columns;  // of a head of the cache; numbers of a row of q, of the sums
-    typename M::Stored* q;                 // [heads * slices, ROWS, depth]
-    float* values;                         // [heads * slices, ROWS, columns]
-    float *largest, *sum;                  // [heads * slices, ROWS]
+    const int64_t first_head, num_heads;  // of the cache
+    const int64_t slices, all;            // of a head of the cache, of these heads
+    const int64_t depth, columns, step;   // numbers of a row of q, of the sums; rows, in whole vectors
+    typename M::Stored* q;                // [all, ROWS, depth]
+    float* values;                        // [all, ROWS, columns]
+    float *largest, *sum, *slopes;        // [step]: score, sum of weights, of alibi
+    float* factors;                       // [step]
+    float *scores, *value_scales;         // [BLOCK, step]
+    typename M::Unit* weights;            // [BLOCK / TOGETHER, step], in place of the scores
     const S** tokens;
 
   public:
     static int64_t num_slices(const Call<T, S>& call) { return (call.group() + ROWS - 1) / ROWS; }
 
     static int64_t bytes(const Call<T, S>& call, int64_t num_heads, int64_t range) {
-        const int64_t rows = num_heads * num_slices(call) * ROWS;
+        const int64_t rows = num_heads * num_slices(call) * ROWS, step = round_up(rows, LANES);
         return Scratch::bytes_of<typename M::Stored>(rows * round_up(call.head_dim_k, M::WIDTH)) +
-               Scratch::bytes_of<float>(rows * round_up(call.head_dim_v, M::WIDTH)) + 2 * Scratch::bytes_of<float>(rows) +
-               Scratch::bytes_of<const S*>(range + BLOCK);
+               Scratch::bytes_of<float>(rows * round_up(call.head_dim_v, M::WIDTH)) + 4 * Scratch::bytes_of<float>(step) +
+               2 * Scratch::bytes_of<float>(BLOCK * step) + Scratch::bytes_of<const S*>(range + AHEAD);
     }
 
     DecodeRange(const Call<T, S>& call, int64_t first_head, int64_t num_heads, Scratch& scratch, int64_t range)
-        : call(call), first_head(first_head), num_heads(num_heads), slices(num_slices(call)), depth(round_up(call.head_dim_k, M::WIDTH)),
-          columns(round_up(call.head_dim_v, M::WIDTH)) {
-        const int64_t rows = num_heads * slices * ROWS;
-        q = scratch.take<typename M::Stored>(rows * depth);
-        values = scratch.take<float>(rows * columns);
-        largest = scratch.take<float>(rows);
-        sum = scratch.take<float>(rows);
-        tokens = scratch.take<const S*>(range + BLOCK);
+        : call(call), first_head(first_head), num_heads(num_heads), slices(num_slices(call)), all(num_heads * slices),
+          depth(round_up(call.head_dim_k, M::WIDTH)), columns(round_up(call.head_dim_v, M::WIDTH)), step(round_up(all * ROWS, LANES)) {
+        q = scratch.take<typename M::Stored>(all * ROWS * depth);
+        values = scratch.take<float>(all * ROWS * columns);
+        for (float** numbers : {&largest, &sum, &slopes, &factors}) *numbers = scratch.take<float>(step);
+        for (float** numbers : {&scores, &value_scales}) *numbers = scratch.take<float>(BLOCK * step);
+        weights = reinterpret_cast<typename M::Unit*>(scores);
+        tokens = scratch.take<const S*>(range + AHEAD);
     }
 
     // after: what this thread will work on next, or null.
     void run(int64_t request, int64_t first, int64_t last, const Task* after) {
         const int64_t token = call.cu_seqlens_q[request], position = call.seq_lens[request] - 1;
-        const int64_t rows = num_heads * slices * ROWS;
         find_tokens(request, first, last, first_head, tokens);
-        const int64_t ahead_of = after ? std::min<int64_t>(BLOCK, after->last - after->first) : 0;
+        const int64_t ahead_of = after ? std::min<int64_t>(AHEAD, after->last - after->first) : 0;
         if (after) find_tokens(after->request, after->first, after->first + ahead_of, after->kv_head, tokens + (last - first));
         const S* const* const end = tokens + (last - first + ahead_of);
         read_queries(token);
-        std::fill(values, values + rows * columns, 0.0f);
-        std::fill(largest, largest + rows, -INFINITE);
-        std::fill(sum, sum + rows, 0.0f);
+        std::fill_n(values, all * ROWS * columns, 0.0f);
+        std::fill_n(largest, step, -INFINITE);
+        std::fill_n(sum, step, 0.0f);
+        Ahead<S> ahead{std::min<const S* const*>(tokens + AHEAD, end), num_heads * call.width * int64_t(sizeof(S))};
         for (int64_t start = first; start < last; start += BLOCK) {
             const S** block = tokens + (start - first);
             const int64_t count = std::min<int64_t>(BLOCK, last - start);
-            Ahead<S> ahead{block + count, std::min<const S* const*>(block + count + BLOCK, end), num_heads * call.width};
-            for (int64_t slice = 0; slice < num_heads * slices; slice++)
-                add_block(slice, block, count, start - position, ahead);
+            ahead.end = std::min<const S* const*>(block + count + AHEAD, end);
+            add_block(block, count, start - position, ahead);
         }
+        for (int64_t row = 0; row < all * ROWS; row++) M::in_order(values + row * columns, columns);
     }
 
     // Of a head of q; 0 is the first of these heads of the cache.
     Partial row(int64_t head) const {
-        const int64_t within = head % call.group();
-        const int64_t row = (head / call.group() * slices + within / ROWS) * ROWS + within % ROWS;
+        const int64_t row = row_of(head);
         return {largest[row], sum[row], values + row * columns};
     }
 
@@ -110,126 +117,139 @@ class DecodeRange {
         for (int64_t i = 0; i < last - first; i++) found[i] += kv_head * call.width;
     }
 
-    int64_t head_of(int64_t slice, int64_t row) const {
-        return std::min((first_head + slice / slices) * call.group() + slice % slices * ROWS + row, call.heads - 1);
+    int64_t row_of(int64_t head) const {
+        const int64_t within = head % call.group();
+        return (head / call.group() * slices + within / ROWS) * ROWS + within % ROWS;
     }
 
     void read_queries(int64_t token) {
-        memset(q, 0, num_heads * slices * ROWS * depth * sizeof *q);
+        memset(q, 0, all * ROWS * depth * sizeof *q);
+        std::fill_n(slopes, step, 0.0f);
         for (int64_t head = 0; head < num_heads * call.group(); head++) {
-            const int64_t within = head % call.group();
-            typename M::Stored* to = q + ((head / call.group() * slices + within / ROWS) * ROWS + within % ROWS) * depth;
-            const T* from = call.query(token, first_head * call.group() + head);
-            for (int64_t d = 0; d < call.head_dim_k; d++) copy(from[d * call.q_dim_stride], to + d);
+            const int64_t row = row_of(head), head_of_q = first_head * call.group() + head;
+            const T* from = call.query(token, head_of_q);
+            if (call.alibi.numbers) slopes[row] = call.alibi[head_of_q];
+            for (int64_t d = 0; d < call.head_dim_k; d += M::WIDTH) {
+                const auto numbers = read_query(from + d * call.q_dim_stride, call.head_dim_k - d);
+                memcpy(q + row * depth + d, &numbers, sizeof numbers);
+            }
         }
     }
-    static void copy(T from, T* to) { *to = from; }
-    static void copy(bf16 from, float* to) { *to = widen(from); }
+
+    auto read_query(const T* from, int64_t count) const {
+        if (call.q_dim_stride == 1) return M::read(from, count);
+        T some[M::WIDTH] = {};
+        for (int64_t i = 0; i < std::min<int64_t>(M::WIDTH, count); i++) some[i] = from[i * call.q_dim_stride];
+        return M::read(some, M::WIDTH);
+    }
 
     // offset: the position of the first key less that of the query.
-    void add_block(int64_t slice, const S* const* block, int64_t count, int64_t offset, Ahead<S>& ahead) {
-        const int64_t place = slice / slices * call.width;
-        alignas(64) float scores[ROWS * BLOCK];
-        alignas(64) typename M::Unit weights[ROWS * BLOCK / M::TOGETHER];
-        alignas(64) float key_scales[BLOCK] = {}, value_scales[BLOCK] = {};
-        float factors[ROWS];
-        call.find_scales(block, count, place, 0, key_scales);
-        call.find_scales(block, count, place, 1, value_scales);
-        score(q + slice * ROWS * depth, block, count, place, scores, ahead);
-        for (int64_t row = 0; row < ROWS; row++) {
-            factors[row] = weigh(slice, row, count, offset, key_scales, value_scales, scores + row * BLOCK);
-            for (int64_t i = 0; i < BLOCK; i += M::WIDTH)
-                M::pack_row(scores + row * BLOCK + i, weights + (row * BLOCK + i) / M::TOGETHER);
-        }
-        const int64_t together = OPERANDS * LANES;
-        int64_t d = 0;
-        for (; d + together <= call.head_dim_v; d += together)
-            add_values<OPERANDS, true>(slice, block, count, place, d, weights, factors, ahead);
-        for (; d < call.head_dim_v; d += M::WIDTH)
-            add_values<M::TOGETHER, false>(slice, block, count, place, d, weights, factors, ahead);
+    void add_block(const S* const* block, int64_t count, int64_t offset, Ahead<S>& ahead) {
+        for (int64_t slice = 0; slice < all; slice += SLICES)
+            for (int64_t t = 0; t < count; t += TOKENS) score(slice, block, t, count, ahead);
+        for (int64_t i = 0; i < step; i += LANES) weigh(i, count, offset);
+        for (int64_t slice = 0; slice < all; slice++) add_columns<OPERANDS>(slice, block, count, 0, ahead);
     }
 
-    // scores [ROWS, BLOCK] = q [ROWS, depth] times keys.
-    void score(const typename M::Stored* rows, const S* const* block, int64_t count, int64_t place, float* scores,
-               Ahead<S>& ahead) const {
-        for (int64_t t = 0; t < count; t += TOKENS) {
-            ahead.ask(TOKENS * SCALE_BYTES<T, S>);
-            Vec total[LANES] = {};
+    // Scores of slices.. [SLICES] and tokens t.. [TOKENS]. Those of tokens and slices that are not there are of no use.
+    __attribute__((always_inline)) void score(int64_t slice, const S* const* block, int64_t t, int64_t count, Ahead<S>& ahead) {
+        Vec total[TOKENS * SLICES * ROWS] = {};
+        alignas(64) float scales[2][LANES] = {};  // of keys, of values
+#pragma GCC unroll 4
+        for (int i = 0; i < SLICES; i++) {
+            if (slice + i >= all) continue;
+            const typename M::Stored* rows = q + (slice + i) * ROWS * depth;
             const S* keys[TOKENS];
-            for (int i = 0; i < TOKENS; i++) keys[i] = block[std::min(t + i, count - 1)] + place;
+            for (int j = 0; j < TOKENS; j++) keys[j] = block[std::min(t + j, count - 1)] + (slice + i) / slices * call.width;
+            Vec found[TOKENS][ROWS] = {};
             int64_t d = 0;
-            for (; d + M::WIDTH <= call.head_dim_k; d += M::WIDTH) {
-                ahead.ask(TOKENS * M::WIDTH);
-                add_products(rows + d, keys, d, M::WIDTH, total);
-            }
-            if (d < call.head_dim_k) add_products(rows + d, keys, d, call.head_dim_k - d, total);
-            const Vec found = sums(total);
-            const auto* lanes = reinterpret_cast<const float*>(&found);
-            for (int r = 0; r < ROWS; r++) memcpy(scores + r * BLOCK + t, lanes + r * TOKENS, TOKENS * sizeof(float));
+            for (; d + M::WIDTH <= call.head_dim_k; d += M::WIDTH) add_products(rows + d, keys, d, M::WIDTH, found, ahead);
+            if (d < call.head_dim_k) add_products(rows + d, keys, d, call.head_dim_k - d, found, ahead);
+#pragma GCC unroll 4
+            for (int j = 0; j < TOKENS; j++)
+#pragma GCC unroll 8
+                for (int r = 0; r < ROWS; r++) total[(j * SLICES + i) * ROWS + r] = found[j][r];
+            if constexpr (IS_SCALED<T, S>)
+                for (int which = 0; which < 2; which++)
+                    for (int j = 0; j < TOKENS; j++)
+                        std::fill_n(scales[which] + (j * SLICES + i) * ROWS, ROWS, scale_of(keys[j], call.width, which));
+        }
+        const Vec found = sums(total);
+        put(IS_SCALED<T, S> ? found * load(scales[0]) : found, slice, t, scores);
+        if (IS_SCALED<T, S>) put(load(scales[1]), slice, t, value_scales);
+    }
+
+    // found [TOKENS, ROWS] += numbers d.. of q [ROWS, depth], at most WIDTH of them, times those of keys.
+    __attribute__((always_inline)) void add_products(const typename M::Stored* rows, const S* const* keys, int64_t d, int64_t count,
+                                                     Vec (&found)[TOKENS][ROWS], Ahead<S>& ahead) const {
+        typename M::Operand numbers[TOKENS];
+#pragma GCC unroll 4
+        for (int j = 0; j < TOKENS; j++) {
+            if (d % LINE == 0) ahead.fetch();
+            numbers[j] = M::read(keys[j] + d, count);
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; r++) {
+            const auto query = M::load(reinterpret_cast<const typename M::Unit*>(rows + r * depth));
+#pragma GCC unroll 4
+            for (int j = 0; j < TOKENS; j++) found[j][r] = M::dot(found[j][r], query, numbers[j]);
         }
     }
 
-    // total [ROWS, TOKENS] += numbers d.. of q [ROWS, depth], at most WIDTH of them, times those of keys.
-    void add_products(const typename M::Stored* rows, const S* const* keys, int64_t d, int64_t count, Vec* total) const {
-        typename M::Operand query[ROWS];
-#pragma GCC unroll 8
-        for (int r = 0; r < ROWS; r++) query[r] = M::load(reinterpret_cast<const typename M::Unit*>(rows + r * depth));
-#pragma GCC unroll 16
-        for (int i = 0; i < TOKENS; i++) {
-            const auto key = M::read(keys[i] + d, count);
-#pragma GCC unroll 8
-            for (int r = 0; r < ROWS; r++) total[r * TOKENS + i] = M::dot(total[r * TOKENS + i], query[r], key);
-        }
+    // What lanes [TOKENS, SLICES, ROWS] hold into [BLOCK, step].
+    void put(Vec found, int64_t slice, int64_t t, float* into) const {
+        const auto* lanes = reinterpret_cast<const float*>(&found);
+#pragma GCC unroll 4
+        for (int j = 0; j < TOKENS; j++)
+            memcpy(into + (t + j) * step + slice * ROWS, lanes + j * SLICES * ROWS, SLICES * ROWS * sizeof(float));
     }
 
-    // Scores [BLOCK] of one row become weights relative to the largest score so far. Returns the factor of earlier sums.
-    float weigh(int64_t slice, int64_t row, int64_t count, int64_t offset, const float* key_scales, const float* value_scales,
-                float* scores) {
-        const Vec slope = all(call.alibi.numbers ? call.alibi[head_of(slice, row)] : 0);
-        Vec peak = all(-INFINITE), total = {};
-        for (int32_t i = 0; i < BLOCK; i += LANES) {
-            const IntVec index = counting() + i;
-            Vec x = load(scores + i) * call.scale;
-            if (IS_SCALED<T, S>) x *= load(key_scales + i);
+    // Scores [count, rows i..] become weights.
+    void weigh(int64_t i, int64_t count, int64_t offset) {
+        const bool is_plain = !call.softcap && !call.alibi.numbers && call.scale > 0;
+        const float scale = is_plain ? call.scale : 1;  // by which scores are multiplied at last
+        for (int64_t k = 0; k < count && !is_plain; k++) {
+            Vec x = load(scores + k * step + i) * call.scale;
             if (call.softcap) x = capped(x, call.softcap);
-            if (call.alibi.numbers) x += slope * __builtin_convertvector(index + int32_t(offset), Vec);
-            x = index < int32_t(count) ? x : all(-INFINITE);
-            store(scores + i, x);
-            peak = larger(peak, x);
+            if (call.alibi.numbers) x += load(slopes + i) * float(offset + k);
+            store(scores + k * step + i, x);
         }
-        const int64_t index = slice * ROWS + row;
-        const float top = std::max(largest[index], ::largest(peak));
-        const float factor = largest[index] == top ? 1 : std::exp(largest[index] - top);
-        for (int64_t i = 0; i < BLOCK; i += LANES) {
-            const Vec weight = exp(load(scores + i) - top);
-            store(scores + i, IS_SCALED<T, S> ? weight * load(value_scales + i) : weight);
-            total += weight;
-        }
-        sum[index] = sum[index] * factor + ::sum(total);
-        largest[index] = top;
-        return factor;
+        to_weights<M>(scores + i, step, count, scale, largest + i, sum + i, factors + i, weights + i, [&](int64_t k, Vec weight) {
+            return IS_SCALED<T, S> ? weight * load(value_scales + k * step + i) : weight;
+        });
     }
 
-    // Columns d.. of the sums of a slice: times a factor, plus weights [ROWS, BLOCK] times values, which all are there, or not.
+    // Columns d.. of the sums of a slice, so many vectors at a time, and then fewer.
+    template <int COUNT>
+    void add_columns(int64_t slice, const S* const* block, int64_t count, int64_t d, Ahead<S>& ahead) {
+        for (; d + COUNT * LANES <= call.head_dim_v; d += COUNT * LANES) add_values<COUNT, true>(slice, block, count, d, ahead);
+        if (d == call.head_dim_v) return;
+        if constexpr (COUNT > M::WIDTH / LANES) add_columns<COUNT / 2>(slice, block, count, d, ahead);
+        else add_values<COUNT, false>(slice, block, count, d, ahead);
+    }
+
+    // Columns d.. of the sums of a slice: times factors, plus weights times values, which all are there, or not.
     template <int COUNT, bool IS_WHOLE>
-    void add_values(int64_t slice, const S* const* block, int64_t count, int64_t place, int64_t d,
-                    const typename M::Unit* weights, const float* factors, Ahead<S>& ahead) {
+    void add_values(int64_t slice, const S* const* block, int64_t count, int64_t d, Ahead<S>& ahead) {
         float* into = values + slice * ROWS * columns + d;
-        const int64_t offset = place + call.values() + d, rest = IS_WHOLE ? COUNT * LANES : call.head_dim_v - d;
+        const int64_t offset = slice / slices * call.width + call.values() + d, rest = IS_WHOLE ? COUNT * LANES : call.head_dim_v - d;
         Vec total[ROWS][COUNT];
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 8
-            for (int c = 0; c < COUNT; c++) total[r][c] = load(into + r * columns + c * LANES) * factors[r];
+            for (int c = 0; c < COUNT; c++) total[r][c] = load(into + r * columns + c * LANES) * factors[slice * ROWS + r];
         for (int64_t t = 0; t < count; t += M::TOGETHER) {
-            ahead.ask(M::TOGETHER * COUNT * LANES);
             const S* pair[] = {block[t], block[std::min(t + 1, count - 1)]};
-            typename M::Operand value[COUNT];
+            typename M::Value value[COUNT];
 #pragma GCC unroll 8
-            for (int c = 0; c < COUNT; c += M::TOGETHER) M::interleave(pair, offset + c * LANES, rest - c * LANES, value + c);
+            for (int c = 0; c < COUNT; c += M::WIDTH / LANES) {
+                for (int i = 0; i < M::TOGETHER; i++)
+                    if (c * LANES % LINE == 0) ahead.fetch();
+                M::interleave(pair, offset + c * LANES, rest - c * LANES, value + c);
+            }
 #pragma GCC unroll 8
             for (int r = 0; r < ROWS; r++) {
-                const auto weight = M::spread(weights[(r * BLOCK + t) / M::TOGETHER]);
+                const auto weight = M::spread(weights[t / M::TOGETHER * step + slice * ROWS + r]);
 #pragma GCC unroll 8
                 for (int c = 0; c < COUNT; c++) total[r][c] = M::dot(total[r][c], weight, value[c]);
             }

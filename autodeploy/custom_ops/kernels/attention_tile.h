@@ -249,7 +249,7 @@ class Tiles {
     static void read_values(const S* const* tokens, int64_t count, int64_t place, int64_t dim, Unit* values) {
         for (int64_t t = 0; t < count; t += TOGETHER, values += PANEL)
             for (int64_t d = 0; d < dim; d += M::WIDTH) {
-                typename M::Operand some[TOGETHER];
+                typename M::Value some[TOGETHER];
                 M::interleave(tokens + t, place + d, dim - d, some);
                 memcpy(values + d / PANEL * PANEL * (KEYS / TOGETHER) + d % PANEL, some, sizeof some);
             }
@@ -292,7 +292,7 @@ class Tiles {
         const bool sees_all = start >= rows.first_seen[ROWS - 1] && start + count - 1 <= rows.position[0];
         const bool is_plain = !IS_SCALED<T, S> && !call.softcap && !call.alibi.numbers && call.scale > 0;
         const float scale = is_plain ? call.scale : 1;  // by which scores are multiplied at last
-        const Vec query = __builtin_convertvector(last, Vec), slope = load(rows.slopes + i), before = load(rows.largest + i);
+        const Vec query = __builtin_convertvector(last, Vec), slope = load(rows.slopes + i);
         for (int64_t k = 0; k < count && !(is_plain && sees_all); k++) {
             const int32_t key = int32_t(start + k);
             Vec x = load(scores + k * ROWS + i);
@@ -302,24 +302,7 @@ class Tiles {
             if (!sees_all) x = ((key >= first) & (key <= last)) ? x : all(-INFINITE);
             store(scores + k * ROWS + i, x);
         }
-        Vec found[4] = {all(-INFINITE), all(-INFINITE), all(-INFINITE), all(-INFINITE)};  // a CPU compares four at once
-        for (int64_t k = 0; k < count; k += 4)
-#pragma GCC unroll 4
-            for (int j = 0; j < 4; j++) found[j] = larger(found[j], load(scores + std::min(k + j, count - 1) * ROWS + i));
-        const Vec highest = larger(larger(found[0], found[1]), larger(found[2], found[3]));
-        const Vec top = larger(before, highest * scale), base = top == -INFINITE ? Vec{} : top, factor = exp(before - base);
-        const Vec zero = base * LOG2_E;
-        Vec total = load(rows.sum + i) * factor;
-        for (int64_t k = 0; k < count; k += TOGETHER) {
-            Vec some[2] = {};
-            for (int64_t j = k; j < std::min(k + TOGETHER, count); j++) {
-                total += some[j - k] = exp2_of_small(load(scores + j * ROWS + i) * (scale * LOG2_E) - zero);
-                if (IS_SCALED<T, S>) some[j - k] *= value_scales[j];
-            }
-            M::pack(some, weights + k / TOGETHER * ROWS + i);
-        }
-        store(rows.sum + i, total);
-        store(rows.largest + i, top);
-        store(factors + i, factor);
+        to_weights<M>(scores + i, ROWS, count, scale, rows.largest + i, rows.sum + i, factors + i, weights + i,
+                      [&](int64_t k, Vec weight) { return IS_SCALED<T, S> ? weight * value_scales[k] : weight; });
     }
 };
