@@ -51,7 +51,8 @@ FLAGS = (
     "-Wno-maybe-uninitialized",  # the headers of GCC 12 make undefined vectors that way
 )
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g", "-O1")
-TYPES = {"p": ctypes.c_void_p, "l": ctypes.c_int64, "f": ctypes.c_float}
+FORMATS = {"p": "q", "l": "q", "f": "f4x"}
+"""Of arguments, eight bytes each."""
 
 
 class BuildError(Exception):
@@ -69,37 +70,36 @@ def against_cpp(target: Any) -> list[str]:
 class Kernel:
     """A C function of the kernels, bound at its first call.
 
-    signature: one letter an argument: p a pointer (of a tensor: `data_ptr()`; None is null), l an integer, f a float.
+    signature: one letter an argument: p a pointer (of a tensor: `data_ptr()`; 0 is null), l an integer, f a float.
     """
 
     def __init__(self, name: str, signature: str) -> None:
-        self.name, self.signature = name, signature
+        self.name = name
+        self.pack = struct.Struct("<" + "".join(FORMATS[letter] for letter in signature)).pack
+        """The arguments as they lie in memory: one pointer to them costs less than to convert each."""
 
     @cached_property
-    def bound(self) -> Any:
+    def function(self) -> Any:
         library = kernels()
         if isinstance(library, BuildError):
             raise library
         function = getattr(library, f"autodeploy_{self.name}")
-        function.argtypes, function.restype = [TYPES[letter] for letter in self.signature], None
+        function.argtypes, function.restype = [ctypes.c_char_p], None
         return function
 
     def __call__(self, *args: Any) -> None:
-        self.bound(*args)
+        self.function(self.pack(*args))
         if (calls := getattr(_recording, "calls", None)) is not None:
             calls.append((self, args))
 
     @cached_property
-    def recorded(self) -> int:
-        """Address of the same function with its arguments in memory, eight bytes each; only `RECORDABLE` ones have it."""
-        return ctypes.cast(getattr(kernels(), f"autodeploy_{self.name}_words"), ctypes.c_void_p).value or 0
+    def address(self) -> int:
+        return ctypes.cast(self.function, ctypes.c_void_p).value or 0
 
-    def words(self, args: tuple[Any, ...]) -> list[int]:
-        """The arguments as they lie in memory."""
-        return [
-            int.from_bytes(struct.pack("<f", value), "little") if letter == "f" else int(value or 0)
-            for letter, value in zip(self.signature, args, strict=True)
-        ]
+
+def pointer(tensor: torch.Tensor | None) -> int:
+    """Where its numbers are; 0 without one."""
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 _recording = threading.local()
@@ -126,18 +126,18 @@ class KernelCalls:
     """Calls of kernels that are made again all at once, by one team of threads (kernels/step.cpp)."""
 
     def __init__(self, calls: Sequence[tuple[Kernel, tuple[Any, ...]]]) -> None:
-        words = [kernel.words(args) for kernel, args in calls]
-        self._words = np.array([word for call in words for word in call], dtype=np.int64)
-        ends = accumulate(map(len, words))
-        places = (self._words.ctypes.data + 8 * (end - len(call)) for end, call in zip(ends, words, strict=True))
+        packed = [kernel.pack(*args) for kernel, args in calls]
+        self._packed = b"".join(packed)
+        start = ctypes.cast(self._packed, ctypes.c_void_p).value or 0
+        places = (start + end - len(one) for end, one in zip(accumulate(map(len, packed)), packed, strict=True))
         self._table = np.array(
-            [(kernel.recorded, place) for (kernel, _), place in zip(calls, places, strict=True)], dtype=np.int64
+            [(kernel.address, place) for (kernel, _), place in zip(calls, places, strict=True)], dtype=np.int64
         )
-        self._arguments = self._table.ctypes.data, len(calls), torch.get_num_threads()
-        self._run = _run.bound
+        self._call = _run.pack(self._table.ctypes.data, len(calls), torch.get_num_threads())
+        self._run = _run.function
 
     def __call__(self) -> None:
-        self._run(*self._arguments)
+        self._run(self._call)
 
 
 def isas() -> list[str]:

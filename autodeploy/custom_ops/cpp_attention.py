@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from autodeploy.custom_ops.attention import SCALED, kv_append, paged_attention, rope_append
-from autodeploy.custom_ops.cpp import Kernel, against_cpp
+from autodeploy.custom_ops.cpp import Kernel, against_cpp, pointer
 from autodeploy.custom_ops.layouts import against_turning
 from autodeploy.custom_ops.op import Provider
 
@@ -27,7 +27,7 @@ def cpp_kv_append(k: Tensor, v: Tensor | None, cache: Tensor, slot_mapping: Tens
     _, heads, tokens, head_dim_k = k.shape
     _append(
         k.data_ptr(),
-        _pointer(v),
+        pointer(v),
         cache.data_ptr(),
         slot_mapping.data_ptr(),
         k.element_size(),
@@ -66,8 +66,8 @@ def cpp_paged_attention(
         page_table.data_ptr(),
         cu_seqlens_q.data_ptr(),
         seq_lens.data_ptr(),
-        _pointer(sinks),
-        _pointer(alibi),
+        pointer(sinks),
+        pointer(alibi),
         out.data_ptr(),
         q.element_size(),
         _kind(cache),
@@ -96,10 +96,6 @@ def _kind(cache: Tensor) -> int:
     return 0 if cache.dtype == torch.float8_e4m3fn else cache.element_size()
 
 
-def _pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
-
-
 def cpp_rope_append(
     q: Tensor,
     k: Tensor,
@@ -126,8 +122,8 @@ def cpp_rope_append(
         slot_mapping.data_ptr(),
         cos.data_ptr(),
         sin.data_ptr(),
-        _pointer(q_weight),
-        _pointer(k_weight),
+        pointer(q_weight),
+        pointer(k_weight),
         out.data_ptr(),
         heads,
         k.shape[1],

@@ -63,9 +63,9 @@ def panel_linear(x: Tensor, weight: Panels, bias: Tensor | None = None) -> Tenso
     _linear(
         x.data_ptr(),
         num_inputs,
-        None if wide is None else wide.data_ptr(),
+        cpp.pointer(wide),
         weight.data.data_ptr(),
-        None if bias is None else bias.data_ptr(),
+        cpp.pointer(bias),
         out.data_ptr(),
         num_rows,
         num_outputs,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from autodeploy.custom_ops import layouts, pointwise
-from autodeploy.custom_ops.cpp import Kernel, against_cpp
+from autodeploy.custom_ops.cpp import Kernel, against_cpp, pointer
 from autodeploy.custom_ops.layouts import rows_of
 from autodeploy.custom_ops.op import Provider
 
@@ -30,7 +30,7 @@ _gated_activation = Kernel("gated_activation", "ppp" + "l" * 7)
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, offset: float, weight_in_float: bool) -> Tensor:
     """x [T, C], [B, T, C] or [1, T, H, C] with any strides but the last."""
     out = torch.empty_like(x)
-    _rms_norm(x.data_ptr(), _pointer(weight), out.data_ptr(), *rows_of(x, out), eps, offset, x.itemsize, torch.get_num_threads())
+    _rms_norm(x.data_ptr(), pointer(weight), out.data_ptr(), *rows_of(x, out), eps, offset, x.itemsize, torch.get_num_threads())
     return out
 
 
@@ -40,7 +40,7 @@ def add_rms_norm(
     """x and residual [..., C], contiguous."""
     total, normed, width = torch.empty_like(x), torch.empty_like(x), x.shape[-1]
     _add_rms_norm(
-        x.data_ptr(), residual.data_ptr(), _pointer(weight), total.data_ptr(), normed.data_ptr(),
+        x.data_ptr(), residual.data_ptr(), pointer(weight), total.data_ptr(), normed.data_ptr(),
         x.numel() // width, width, eps, offset, x.itemsize, torch.get_num_threads(),
     )  # fmt: skip
     return total, normed
@@ -50,7 +50,7 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     """x [..., C], contiguous; weight and bias [C]."""
     out, width = torch.empty_like(x), x.shape[-1]
     _layer_norm(
-        x.data_ptr(), _pointer(weight), _pointer(bias), out.data_ptr(),
+        x.data_ptr(), pointer(weight), pointer(bias), out.data_ptr(),
         x.numel() // width, width, eps, x.itemsize, torch.get_num_threads(),
     )  # fmt: skip
     return out
@@ -77,10 +77,6 @@ def gated_activation(gate: Tensor, up: Tensor, activation: str) -> Tensor:
         ACTIVATIONS[activation], gate.itemsize, torch.get_num_threads(),
     )  # fmt: skip
     return out
-
-
-def _pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
 
 
 def _against(target: Any, x: Tensor, *others: Tensor | None) -> list[str]:

@@ -107,7 +107,7 @@ def _linear_bytes(kernel: cpp.Kernel, num_bytes: int, x: Tensor, weight: BytePan
     out = x.new_empty((*x.shape[:-1], weight.num_outputs))
     codes, scales = x.new_empty(num_bytes * x.numel(), dtype=torch.uint8), x.new_empty(rows, dtype=torch.float32)
     pointers = (x, codes, scales, weight.data, weight.scales, weight.corrections, bias, out)
-    kernel(*map(_pointer, pointers), rows, weight.num_outputs, num_inputs, torch.get_num_threads())
+    kernel(*map(cpp.pointer, pointers), rows, weight.num_outputs, num_inputs, torch.get_num_threads())
     return out
 
 
@@ -119,7 +119,7 @@ def linear_w4a8(x: Tensor, weight: HalfBytePanels, bias: Tensor | None = None) -
     scales, sums = x.new_empty(rows * groups, dtype=torch.float32), x.new_empty(rows * groups, dtype=torch.int32)
     pointers = (x, weight.order, in_order, codes, scales, sums, weight.data, weight.scales, weight.offsets)
     is_short, sizes = weight.scales.dtype == torch.bfloat16, (rows, weight.num_outputs, weight.num_inputs, groups)
-    _w4a8(*map(_pointer, pointers), is_short, _pointer(bias), _pointer(out), *sizes, torch.get_num_threads())
+    _w4a8(*map(cpp.pointer, pointers), is_short, cpp.pointer(bias), cpp.pointer(out), *sizes, torch.get_num_threads())
     return out
 
 
@@ -127,12 +127,8 @@ def byte_embedding(weight: BytePanels, indices: Tensor, *_: object) -> Tensor:
     """As `embedding`, of a table which is then the head's weight too."""
     ids, out = indices.contiguous(), weight.scales.new_empty((*indices.shape, weight.num_inputs), dtype=torch.bfloat16)
     pointers = (ids, weight.data, weight.scales, out)
-    _byte_rows(*map(_pointer, pointers), ids.numel(), weight.num_inputs, torch.get_num_threads())
+    _byte_rows(*map(cpp.pointer, pointers), ids.numel(), weight.num_inputs, torch.get_num_threads())
     return out
-
-
-def _pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
 
 
 def moe_w8a8(*args: Any) -> Tensor:

@@ -170,13 +170,13 @@ void attend(const Call<T, S>& call, int64_t threads) {
 }
 
 // bytes: of a number of q and out; cache, sinks and alibi have their own.
-EXPORT void autodeploy_paged_attention(const void* q, const void* cache, const int64_t* page_table, const int32_t* cu_seqlens_q,
-                                       const int32_t* seq_lens, const void* sinks, const void* alibi, void* out, int64_t bytes,
-                                       int64_t cache_bytes, int64_t sinks_bytes, int64_t alibi_bytes, int64_t requests, int64_t heads,
-                                       int64_t kv_heads, int64_t head_dim_k, int64_t head_dim_v, int64_t width, int64_t page_size,
-                                       int64_t q_head_stride, int64_t q_token_stride, int64_t q_dim_stride,
-                                       int64_t page_table_stride, int64_t window, int64_t chunk, int64_t threads, float scale,
-                                       float softcap) {
+static void kernel_paged_attention(const void* q, const void* cache, const int64_t* page_table, const int32_t* cu_seqlens_q,
+                                   const int32_t* seq_lens, const void* sinks, const void* alibi, void* out, int64_t bytes,
+                                   int64_t cache_bytes, int64_t sinks_bytes, int64_t alibi_bytes, int64_t requests, int64_t heads,
+                                   int64_t kv_heads, int64_t head_dim_k, int64_t head_dim_v, int64_t width, int64_t page_size,
+                                   int64_t q_head_stride, int64_t q_token_stride, int64_t q_dim_stride,
+                                   int64_t page_table_stride, int64_t window, int64_t chunk, int64_t threads, float scale,
+                                   float softcap) {
     by_sizes(bytes, cache_bytes, [&]<typename T, typename S>(T, S) {
         attend(Call<T, S>{static_cast<const T*>(q), static_cast<const S*>(cache), page_table, cu_seqlens_q, seq_lens,
                        {sinks, sinks_bytes}, {alibi, alibi_bytes}, static_cast<T*>(out), requests, heads, kv_heads, head_dim_k,
@@ -185,7 +185,7 @@ EXPORT void autodeploy_paged_attention(const void* q, const void* cache, const i
                threads);
     });
 }
-RECORDABLE(autodeploy_paged_attention)
+KERNEL(paged_attention)
 
 // Numbers [count] of a row that may be strided, which then are copied.
 template <typename T>
@@ -212,13 +212,13 @@ void append(const T* k, const T* v, S* cache, const int64_t* slots, int64_t toke
     });
 }
 
-EXPORT void autodeploy_kv_append(const void* k, const void* v, void* cache, const int64_t* slots, int64_t bytes,
-                                 int64_t cache_bytes, int64_t tokens, int64_t heads, int64_t head_dim_k, int64_t head_dim_v,
-                                 int64_t k_head_stride, int64_t k_token_stride, int64_t k_dim_stride, int64_t v_head_stride,
-                                 int64_t v_token_stride, int64_t v_dim_stride, int64_t threads) {
+static void kernel_kv_append(const void* k, const void* v, void* cache, const int64_t* slots, int64_t bytes,
+                             int64_t cache_bytes, int64_t tokens, int64_t heads, int64_t head_dim_k, int64_t head_dim_v,
+                             int64_t k_head_stride, int64_t k_token_stride, int64_t k_dim_stride, int64_t v_head_stride,
+                             int64_t v_token_stride, int64_t v_dim_stride, int64_t threads) {
     by_sizes(bytes, cache_bytes, [&]<typename T, typename S>(T, S) {
         append(static_cast<const T*>(k), static_cast<const T*>(v), static_cast<S*>(cache), slots, tokens, heads, head_dim_k,
                head_dim_v, {k_head_stride, k_token_stride, k_dim_stride}, {v_head_stride, v_token_stride, v_dim_stride}, threads);
     });
 }
-RECORDABLE(autodeploy_kv_append)
+KERNEL(kv_append)

@@ -17,7 +17,7 @@
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-// One argument of a recorded call.
+// One argument of a kernel.
 union Word {
     void* p;
     int64_t l;
@@ -41,9 +41,9 @@ inline void call(void (*function)(Args...), const Word* words) {
     call(function, words, std::index_sequence_for<Args...>{});
 }
 
-// The same function with its arguments in memory, for recorded steps.
-#define RECORDABLE(name) \
-    EXPORT void name##_words(const Word* words) { call(name, words); }
+// kernel_name() as others see it: all its arguments are in memory, so that one pointer is enough, and a call can be made again.
+#define KERNEL(name) \
+    EXPORT void autodeploy_##name(const Word* words) { call(kernel_##name, words); }
 
 #if defined(__AVX512F__)
 constexpr int LANES = 16;

@@ -14,7 +14,7 @@ static void transpose(const uint32_t* from, int64_t stride, int64_t rows, int64_
 }
 
 // weight [N][words] to panels; zeros where the last one is not full.
-EXPORT void autodeploy_pack_panels(const uint32_t* weight, uint32_t* packed, int64_t N, int64_t words, int64_t threads) {
+static void kernel_pack_panels(const uint32_t* weight, uint32_t* packed, int64_t N, int64_t words, int64_t threads) {
     parallel(threads, (N + WIDTH - 1) / WIDTH, [&](int64_t first, int64_t last) {
         for (int64_t panel = first; panel < last; panel++) {
             uint32_t* to = packed + panel * words * WIDTH;
@@ -27,6 +27,7 @@ EXPORT void autodeploy_pack_panels(const uint32_t* weight, uint32_t* packed, int
         }
     });
 }
+KERNEL(pack_panels)
 
 inline void widen_part(const bf16* x, int64_t count, float* wide) {
     int64_t k = 0;
@@ -35,7 +36,7 @@ inline void widen_part(const bf16* x, int64_t count, float* wide) {
 }
 
 // Rows `ids` of a table of N rows of words.
-EXPORT void autodeploy_panel_rows(const int64_t* ids, const uint32_t* packed, uint32_t* out, int64_t T, int64_t words, int64_t threads) {
+static void kernel_panel_rows(const int64_t* ids, const uint32_t* packed, uint32_t* out, int64_t T, int64_t words, int64_t threads) {
     parallel(T < 8 ? 1 : threads, T, [&](int64_t first, int64_t last) {
         for (int64_t t = first; t < last; t++) {
             const uint32_t* from = packed + ids[t] / WIDTH * words * WIDTH + ids[t] % WIDTH;
@@ -43,12 +44,12 @@ EXPORT void autodeploy_panel_rows(const int64_t* ids, const uint32_t* packed, ui
         }
     });
 }
-RECORDABLE(autodeploy_panel_rows)
+KERNEL(panel_rows)
 
 // x [M][K] times a weight in panels, plus bias [N] -> out [M][N]. wide is room for x as floats, with K rounded up to whole parts, where the
 // CPU multiplies nothing else.
-EXPORT void autodeploy_linear(const bf16* x, int64_t stride, float* wide, const bf16* packed, const bf16* bias, bf16* out, int64_t M,
-                              int64_t N, int64_t K, int64_t threads) {
+static void kernel_linear(const bf16* x, int64_t stride, float* wide, const bf16* packed, const bf16* bias, bf16* out, int64_t M,
+                          int64_t N, int64_t K, int64_t threads) {
     in_team(threads, [&] {
 #if !defined(__AVX512BF16__)
         const FloatRows floats = float_rows(wide, M, K);
@@ -71,4 +72,4 @@ EXPORT void autodeploy_linear(const bf16* x, int64_t stride, float* wide, const 
         });
     });
 }
-RECORDABLE(autodeploy_linear)
+KERNEL(linear)

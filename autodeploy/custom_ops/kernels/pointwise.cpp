@@ -266,45 +266,45 @@ inline T* as(void* numbers, T) {
     return static_cast<T*>(numbers);
 }
 
-EXPORT void autodeploy_rms_norm(void* x, void* weight, void* out, int64_t outer, int64_t inner, int64_t width, int64_t x_outer,
-                                int64_t x_inner, int64_t out_outer, int64_t out_inner, float eps, float offset, int64_t bytes,
-                                int64_t threads) {
+static void kernel_rms_norm(void* x, void* weight, void* out, int64_t outer, int64_t inner, int64_t width, int64_t x_outer,
+                            int64_t x_inner, int64_t out_outer, int64_t out_inner, float eps, float offset, int64_t bytes,
+                            int64_t threads) {
     by_size(bytes, [&](auto kind) {
         rms_norm(as(x, kind), as(weight, kind), as(out, kind), outer, inner, width, x_outer, x_inner, out_outer, out_inner, eps,
                  offset, threads);
     });
 }
-RECORDABLE(autodeploy_rms_norm)
+KERNEL(rms_norm)
 
-EXPORT void autodeploy_add_rms_norm(void* x, void* residual, void* weight, void* total, void* normed, int64_t rows, int64_t width,
-                                    float eps, float offset, int64_t bytes, int64_t threads) {
+static void kernel_add_rms_norm(void* x, void* residual, void* weight, void* total, void* normed, int64_t rows, int64_t width,
+                                float eps, float offset, int64_t bytes, int64_t threads) {
     by_size(bytes, [&](auto kind) {
         add_rms_norm(as(x, kind), as(residual, kind), as(weight, kind), as(total, kind), as(normed, kind), rows, width, eps, offset,
                      threads);
     });
 }
-RECORDABLE(autodeploy_add_rms_norm)
+KERNEL(add_rms_norm)
 
-EXPORT void autodeploy_layer_norm(void* x, void* weight, void* bias, void* out, int64_t rows, int64_t width, float eps,
-                                  int64_t bytes, int64_t threads) {
+static void kernel_layer_norm(void* x, void* weight, void* bias, void* out, int64_t rows, int64_t width, float eps,
+                              int64_t bytes, int64_t threads) {
     by_size(bytes, [&](auto kind) {
         layer_norm(as(x, kind), as(weight, kind), as(bias, kind), as(out, kind), rows, width, eps, threads);
     });
 }
-RECORDABLE(autodeploy_layer_norm)
+KERNEL(layer_norm)
 
-EXPORT void autodeploy_rope(void* x, void* cos, void* sin, void* out, int64_t heads, int64_t tokens, int64_t width, int64_t x_head,
-                            int64_t x_token, int64_t out_head, int64_t out_token, int64_t interleaved, int64_t bytes,
-                            int64_t threads) {
+static void kernel_rope(void* x, void* cos, void* sin, void* out, int64_t heads, int64_t tokens, int64_t width, int64_t x_head,
+                        int64_t x_token, int64_t out_head, int64_t out_token, int64_t interleaved, int64_t bytes,
+                        int64_t threads) {
     by_size(bytes, [&](auto kind) {
         rope(as(x, kind), as(cos, kind), as(sin, kind), as(out, kind), heads, tokens, width, x_head, x_token, out_head, out_token,
              interleaved, threads);
     });
 }
-RECORDABLE(autodeploy_rope)
+KERNEL(rope)
 
-EXPORT void autodeploy_gated_activation(void* gate, void* up, void* out, int64_t rows, int64_t width, int64_t gate_stride,
-                                        int64_t up_stride, int64_t activation, int64_t bytes, int64_t threads) {
+static void kernel_gated_activation(void* gate, void* up, void* out, int64_t rows, int64_t width, int64_t gate_stride,
+                                    int64_t up_stride, int64_t activation, int64_t bytes, int64_t threads) {
     by_size(bytes, [&](auto kind) {
         using T = decltype(kind);
         constexpr decltype(&gated<T, Silu>) functions[] = {gated<T, Silu>, gated<T, Gelu>, gated<T, GeluTanh>, gated<T, Relu>,
@@ -312,14 +312,14 @@ EXPORT void autodeploy_gated_activation(void* gate, void* up, void* out, int64_t
         functions[activation](as(gate, kind), as(up, kind), as(out, kind), rows, width, gate_stride, up_stride, threads);
     });
 }
-RECORDABLE(autodeploy_gated_activation)
+KERNEL(gated_activation)
 
-EXPORT void autodeploy_rope_append(void* q, void* k, void* v, void* cache, const int64_t* slots, void* cos, void* sin,
-                                   void* q_weight, void* k_weight, void* out, int64_t heads, int64_t kv_heads, int64_t tokens,
-                                   int64_t width, int64_t width_v, int64_t q_head, int64_t q_token, int64_t k_head,
-                                   int64_t k_token, int64_t v_head, int64_t v_token, int64_t out_head, int64_t out_token,
-                                   int64_t interleaved, float eps, float offset, int64_t bytes, int64_t cache_bytes,
-                                   int64_t threads) {
+static void kernel_rope_append(void* q, void* k, void* v, void* cache, const int64_t* slots, void* cos, void* sin,
+                               void* q_weight, void* k_weight, void* out, int64_t heads, int64_t kv_heads, int64_t tokens,
+                               int64_t width, int64_t width_v, int64_t q_head, int64_t q_token, int64_t k_head,
+                               int64_t k_token, int64_t v_head, int64_t v_token, int64_t out_head, int64_t out_token,
+                               int64_t interleaved, float eps, float offset, int64_t bytes, int64_t cache_bytes,
+                               int64_t threads) {
     by_sizes(bytes, cache_bytes, [&]<typename T, typename S>(T kind, S) {
         rope_append<T, S>({as(q, kind), heads, q_head, q_token}, {as(k, kind), kv_heads, k_head, k_token},
                           {as(v, kind), kv_heads, v_head, v_token}, static_cast<S*>(cache), slots, as(q_weight, kind),
@@ -327,4 +327,4 @@ EXPORT void autodeploy_rope_append(void* q, void* k, void* v, void* cache, const
                           {as(cos, kind), as(sin, kind), width, interleaved, eps, offset}, threads);
     });
 }
-RECORDABLE(autodeploy_rope_append)
+KERNEL(rope_append)

@@ -5,7 +5,7 @@
 #if defined(__AVX512VNNI__)
 
 // What `linear_bytes` has to add for 128 too much in each number that a row of the weight [N][K] is multiplied with.
-EXPORT void autodeploy_corrections(const int8_t* weight, int32_t* corrections, int64_t N, int64_t K, int64_t threads) {
+static void kernel_corrections(const int8_t* weight, int32_t* corrections, int64_t N, int64_t K, int64_t threads) {
     parallel(threads, N, [&](int64_t first, int64_t last) {
         for (int64_t n = first; n < last; n++) {
             int32_t sum = 0;
@@ -14,10 +14,11 @@ EXPORT void autodeploy_corrections(const int8_t* weight, int32_t* corrections, i
         }
     });
 }
+KERNEL(corrections)
 
 // The rows of a table of bytes, as numbers.
-EXPORT void autodeploy_byte_rows(const int64_t* ids, const int8_t* packed, const float* scales, bf16* out, int64_t T, int64_t K,
-                                 int64_t threads) {
+static void kernel_byte_rows(const int64_t* ids, const int8_t* packed, const float* scales, bf16* out, int64_t T, int64_t K,
+                             int64_t threads) {
     parallel(T < 8 ? 1 : threads, T, [&](int64_t first, int64_t last) {
         for (int64_t t = first; t < last; t++) {
             const int8_t* from = packed + ids[t] / WIDTH * K * WIDTH + ids[t] % WIDTH * 4;
@@ -25,7 +26,7 @@ EXPORT void autodeploy_byte_rows(const int64_t* ids, const int8_t* packed, const
         }
     });
 }
-RECORDABLE(autodeploy_byte_rows)
+KERNEL(byte_rows)
 
 // What x [count] is divided by to lie in [-limit, limit]; 0 where all of it is next to nothing, not a number where one of it is none.
 inline float scale_of(const bf16* x, int64_t count, float limit) {
@@ -98,19 +99,19 @@ inline void linear_bytes(const bf16* x, uint8_t* q, float* x_scales, const int8_
     });
 }
 
-EXPORT void autodeploy_linear_w8a8(const bf16* x, uint8_t* q, float* x_scales, const int8_t* packed, const float* scales,
-                                   const int32_t* corrections, const bf16* bias, bf16* out, int64_t M, int64_t N, int64_t K,
-                                   int64_t threads) {
+static void kernel_linear_w8a8(const bf16* x, uint8_t* q, float* x_scales, const int8_t* packed, const float* scales,
+                               const int32_t* corrections, const bf16* bias, bf16* out, int64_t M, int64_t N, int64_t K,
+                               int64_t threads) {
     linear_bytes<1>(x, q, x_scales, packed, scales, corrections, bias, out, M, N, K, threads);
 }
-RECORDABLE(autodeploy_linear_w8a8)
+KERNEL(linear_w8a8)
 
-EXPORT void autodeploy_linear_w8a16(const bf16* x, uint8_t* q, float* x_scales, const int8_t* packed, const float* scales,
-                                    const int32_t* corrections, const bf16* bias, bf16* out, int64_t M, int64_t N, int64_t K,
-                                    int64_t threads) {
+static void kernel_linear_w8a16(const bf16* x, uint8_t* q, float* x_scales, const int8_t* packed, const float* scales,
+                                const int32_t* corrections, const bf16* bias, bf16* out, int64_t M, int64_t N, int64_t K,
+                                int64_t threads) {
     linear_bytes<2>(x, q, x_scales, packed, scales, corrections, bias, out, M, N, K, threads);
 }
-RECORDABLE(autodeploy_linear_w8a16)
+KERNEL(linear_w8a16)
 
 // What a matrix of four bits and the rows of x that it meets are made of. A word of a panel has eight columns: four in the lower halves
 // of its bytes, then four in the upper ones.
@@ -185,9 +186,9 @@ inline void multiply_panel(const Groups& g, int64_t top, int64_t rows, int64_t p
 // Weights of four bits with a scale (float or, where `is_short`, bfloat16) to each group of a row's columns; x of bytes, each group of a
 // row with a scale of its own. Where there is an order [K], the columns of the weight are those of x in that order. sorted [M][K], q [M][K],
 // x_scales [M][groups] and x_sums [M][groups] are room to work in.
-EXPORT void autodeploy_linear_w4a8(const bf16* x, const int32_t* order, bf16* sorted, uint8_t* q, float* x_scales, int32_t* x_sums, const char* packed, const void* scales,
-                                   const void* offsets, int64_t is_short, const bf16* bias, bf16* out, int64_t M, int64_t N, int64_t K,
-                                   int64_t groups, int64_t threads) {
+static void kernel_linear_w4a8(const bf16* x, const int32_t* order, bf16* sorted, uint8_t* q, float* x_scales, int32_t* x_sums, const char* packed, const void* scales,
+                               const void* offsets, int64_t is_short, const bf16* bias, bf16* out, int64_t M, int64_t N, int64_t K,
+                               int64_t groups, int64_t threads) {
     const Groups g{q, x_scales, x_sums, packed, scales, offsets, K, groups};
     const int64_t size = K / groups;
     in_team(threads, [&] {
@@ -215,6 +216,6 @@ EXPORT void autodeploy_linear_w4a8(const bf16* x, const int32_t* order, bf16* so
         });
     });
 }
-RECORDABLE(autodeploy_linear_w4a8)
+KERNEL(linear_w4a8)
 
 #endif

@@ -46,16 +46,17 @@ void largest_of_rows(const T* x, float* values, int64_t* indices, int64_t rows, 
     });
 }
 
-EXPORT void autodeploy_largest_of_rows(const void* x, float* values, int64_t* indices, int64_t rows, int64_t width, int64_t stride,
-                                       int64_t bytes, int64_t threads) {
+static void kernel_largest_of_rows(const void* x, float* values, int64_t* indices, int64_t rows, int64_t width, int64_t stride,
+                                   int64_t bytes, int64_t threads) {
     if (bytes == 2)
         largest_of_rows(static_cast<const bf16*>(x), values, indices, rows, width, stride, threads);
     else
         largest_of_rows(static_cast<const float*>(x), values, indices, rows, width, stride, threads);
 }
+KERNEL(largest_of_rows)
 
 // Where numbers are at least that large, in ascending order; indices has room for all of them.
-EXPORT void autodeploy_at_least(const float* x, float least, int64_t width, int64_t* indices, int64_t* count) {
+static void kernel_at_least(const float* x, float least, int64_t width, int64_t* indices, int64_t* count) {
     constexpr int64_t SOME = 8 * LANES;
     int64_t found = 0;
     for (int64_t start = 0; start < width; start += SOME) {
@@ -68,3 +69,4 @@ EXPORT void autodeploy_at_least(const float* x, float least, int64_t width, int6
     }
     *count = found;
 }
+KERNEL(at_least)

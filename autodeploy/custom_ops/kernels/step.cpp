@@ -8,8 +8,9 @@ struct Recorded {
 };
 
 // calls [count]; threads: the most that any of them asks for.
-EXPORT void autodeploy_run(const Recorded* calls, int64_t count, int64_t threads) {
+static void kernel_run(const Recorded* calls, int64_t count, int64_t threads) {
     in_team(threads, [&] {
         for (int64_t i = 0; i < count; i++) calls[i].function(calls[i].words);
     });
 }
+KERNEL(run)
