@@ -3,9 +3,10 @@
     python benchmarks/attention.py [--threads N] [--rounds N]
 
 16 query heads over 8 of the cache, 128 numbers each, bfloat16. Both take turns, over several copies of the cache so that none is
-still in the CPU's own; medians. Tensors are in huge pages and freed blocks are kept, as by a server. SDPA is given query heads
-of a group as rows that share their keys ("folded"), or `enable_gqa` with `is_causal`, which is the faster way for prompts. The
-floor of decoding is the bytes of the cache over the rate at which `torch.sum` reads.
+still in the CPU's own; medians. Tensors are in huge pages and freed blocks are kept, as by a server, and ours is called as the
+executor does: for decoding from a recorded step, for prompts as an op from Python; how long the op takes stands beside it.
+SDPA is given query heads of a group as rows that share their keys ("folded"), or `enable_gqa` with `is_causal`, which is the
+faster way for prompts. The floor of decoding is the bytes of the cache over the rate at which `torch.sum` reads.
 The last column is our time over a cache of int8, as a share of that over one of bfloat16.
 """
 
@@ -25,6 +26,7 @@ from torch import Tensor
 from autodeploy import huge_pages
 from autodeploy.custom_ops import paged_attention
 from autodeploy.custom_ops.attention import scaled_rows
+from autodeploy.custom_ops.cpp import KernelCalls, record_kernels
 from autodeploy.custom_ops.cpp_attention import cpp_paged_attention
 from autodeploy.executor.packing import returning_blocks
 
@@ -77,6 +79,19 @@ def paged(case: Case, attend: Callable[..., Tensor], in_bytes: bool = False) -> 
     return lambda: attend(q, cache, table, cu_seqlens_q, seq_lens, None, SCALE, 0, 0.0, HEAD_DIM)
 
 
+def recorded(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """The same call, made again as in a decode step."""
+    with record_kernels() as kernels:
+        out = call()
+    again = KernelCalls(kernels)
+
+    def run() -> Tensor:
+        again()
+        return out
+
+    return run
+
+
 def contiguous(case: Case, folded: bool) -> Callable[[], Tensor]:
     """SDPA over [requests, heads, tokens, 128]; folded: the rows of a group of query heads share their keys."""
     k, v = (random(case.requests, KV_HEADS, case.seq_len, HEAD_DIM) for _ in range(2))
@@ -96,13 +111,16 @@ def contiguous(case: Case, folded: bool) -> Callable[[], Tensor]:
 def measure(case: Case, rounds: int) -> str:
     """A line of the table."""
     copies = max(2, min(64, MIN_BYTES // case.cache_bytes))
+    ops = [paged(case, cpp_paged_attention) for _ in range(copies)]
+    ops_on_bytes = [paged(case, cpp_paged_attention, in_bytes=True) for _ in range(2 * copies)]
     ways = {
-        "ours": [paged(case, cpp_paged_attention) for _ in range(copies)],
-        "int8": [paged(case, cpp_paged_attention, in_bytes=True) for _ in range(2 * copies)],
+        "ours": ops if case.new_tokens > 1 else [recorded(op) for op in ops],
+        "int8": ops_on_bytes if case.new_tokens > 1 else [recorded(op) for op in ops_on_bytes],
         "folded": [contiguous(case, True) for _ in range(copies)],
         "gqa": [contiguous(case, False) for _ in range(copies)] if case.new_tokens > 1 else [],
         "reference": [paged(case, paged_attention.reference)],
         "read": [BLOCK.sum],
+        "op": ops if case.new_tokens == 1 else [],
     }
     times: dict[str, list[float]] = {name: [] for name, calls in ways.items() if calls}
     for i, name in itertools.product(range(rounds + 1), times):
@@ -114,8 +132,10 @@ def measure(case: Case, rounds: int) -> str:
     median = {name: statistics.median(taken) for name, taken in times.items()}
     ours = median["ours"]
     folded, gqa, reference = (f"{median[name] / ours:.2f}x" if name in median else "" for name in ("folded", "gqa", "reference"))
+    op = median.get("op", ours) * 1e3
     floor = f"{ours / (median['read'] * case.cache_bytes / BLOCK.nbytes):.2f}" if case.new_tokens == 1 else ""
-    return f"{case.name:30} {ours * 1e3:9.2f} {folded:>12} {gqa:>9} {reference:>10} {floor:>8} {median['int8'] / ours:8.2f}"
+    ratios = f"{folded:>12} {gqa:>9} {reference:>10} {floor:>8} {median['int8'] / ours:8.2f}"
+    return f"{case.name:30} {ours * 1e3:9.2f} {op:7.2f} {ratios}"
 
 
 def main() -> None:
@@ -127,7 +147,8 @@ def main() -> None:
     with returning_blocks():
         pass  # afterwards they are kept
     print(f"threads {options.threads}")
-    print(f"{'':30} {'ours, ms':>9} {'SDPA folded':>12} {'SDPA gqa':>9} {'reference':>10} {'x floor':>8} {'int8 KV':>8}")
+    ratios = f"{'SDPA folded':>12} {'SDPA gqa':>9} {'reference':>10} {'x floor':>8} {'int8 KV':>8}"
+    print(f"{'':30} {'ours, ms':>9} {'op, ms':>7} {ratios}")
     for case in CASES:
         print(measure(case, options.rounds), flush=True)
 
