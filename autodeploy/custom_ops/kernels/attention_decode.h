@@ -58,7 +58,7 @@ class DecodeRange {
     float* values;                        // [all, ROWS, columns]
     float *largest, *sum, *slopes;        // [step]: score, sum of weights, of alibi
     float* factors;                       // [step]
-    float *scores, *value_scales;         // [BLOCK, step]
+    float *scores, *key_scales, *value_scales;  // [BLOCK, step]
     typename M::Unit* weights;            // [BLOCK / TOGETHER, step], in place of the scores
     const S** tokens;
 
@@ -69,7 +69,7 @@ class DecodeRange {
         const int64_t rows = num_heads * num_slices(call) * ROWS, step = round_up(rows, LANES);
         return Scratch::bytes_of<typename M::Stored>(rows * round_up(call.head_dim_k, M::WIDTH)) +
                Scratch::bytes_of<float>(rows * round_up(call.head_dim_v, M::WIDTH)) + 4 * Scratch::bytes_of<float>(step) +
-               2 * Scratch::bytes_of<float>(BLOCK * step) + Scratch::bytes_of<const S*>(range + AHEAD);
+               3 * Scratch::bytes_of<float>(BLOCK * step) + Scratch::bytes_of<const S*>(range + AHEAD);
     }
 
     DecodeRange(const Call<T, S>& call, int64_t first_head, int64_t num_heads, Scratch& scratch, int64_t range)
@@ -78,7 +78,7 @@ class DecodeRange {
         q = scratch.take<typename M::Stored>(all * ROWS * depth);
         values = scratch.take<float>(all * ROWS * columns);
         for (float** numbers : {&largest, &sum, &slopes, &factors}) *numbers = scratch.take<float>(step);
-        for (float** numbers : {&scores, &value_scales}) *numbers = scratch.take<float>(BLOCK * step);
+        for (float** numbers : {&scores, &key_scales, &value_scales}) *numbers = scratch.take<float>(BLOCK * step);
         weights = reinterpret_cast<typename M::Unit*>(scores);
         tokens = scratch.take<const S*>(range + AHEAD);
     }
@@ -94,6 +94,7 @@ class DecodeRange {
         std::fill_n(values, all * ROWS * columns, 0.0f);
         std::fill_n(largest, step, -INFINITE);
         std::fill_n(sum, step, 0.0f);
+        if (IS_SCALED<T, S>) std::fill_n(key_scales, BLOCK * step, 0.0f), std::fill_n(value_scales, BLOCK * step, 0.0f);
         Ahead<S> ahead{std::min<const S* const*>(tokens + AHEAD, end), num_heads * call.width * int64_t(sizeof(S))};
         for (int64_t start = first; start < last; start += BLOCK) {
             const S** block = tokens + (start - first);
@@ -154,7 +155,6 @@ class DecodeRange {
     // Scores of slices.. [SLICES] and tokens t.. [TOKENS]. Those of tokens and slices that are not there are of no use.
     __attribute__((always_inline)) void score(int64_t slice, const S* const* block, int64_t t, int64_t count, Ahead<S>& ahead) {
         Vec total[TOKENS * SLICES * ROWS] = {};
-        alignas(64) float scales[2][LANES] = {};  // of keys, of values
 #pragma GCC unroll 4
         for (int i = 0; i < SLICES; i++) {
             if (slice + i >= all) continue;
@@ -170,13 +170,17 @@ class DecodeRange {
 #pragma GCC unroll 8
                 for (int r = 0; r < ROWS; r++) total[(j * SLICES + i) * ROWS + r] = found[j][r];
             if constexpr (IS_SCALED<T, S>)
-                for (int which = 0; which < 2; which++)
-                    for (int j = 0; j < TOKENS; j++)
-                        std::fill_n(scales[which] + (j * SLICES + i) * ROWS, ROWS, scale_of(keys[j], call.width, which));
+                for (int j = 0; j < TOKENS; j++) {
+                    const int64_t place = (t + j) * step + (slice + i) * ROWS;
+                    std::fill_n(key_scales + place, ROWS, scale_of(keys[j], call.width, 0));
+                    std::fill_n(value_scales + place, ROWS, scale_of(keys[j], call.width, 1));
+                }
         }
         const Vec found = sums(total);
-        put(IS_SCALED<T, S> ? found * load(scales[0]) : found, slice, t, scores);
-        if (IS_SCALED<T, S>) put(load(scales[1]), slice, t, value_scales);
+        const auto* lanes = reinterpret_cast<const float*>(&found);
+#pragma GCC unroll 4
+        for (int j = 0; j < TOKENS; j++)
+            memcpy(scores + (t + j) * step + slice * ROWS, lanes + j * SLICES * ROWS, SLICES * ROWS * sizeof(float));
     }
 
     // found [TOKENS, ROWS] += numbers d.. of q [ROWS, depth], at most WIDTH of them, times those of keys.
@@ -196,20 +200,13 @@ class DecodeRange {
         }
     }
 
-    // What lanes [TOKENS, SLICES, ROWS] hold into [BLOCK, step].
-    void put(Vec found, int64_t slice, int64_t t, float* into) const {
-        const auto* lanes = reinterpret_cast<const float*>(&found);
-#pragma GCC unroll 4
-        for (int j = 0; j < TOKENS; j++)
-            memcpy(into + (t + j) * step + slice * ROWS, lanes + j * SLICES * ROWS, SLICES * ROWS * sizeof(float));
-    }
-
     // Scores [count, rows i..] become weights.
     void weigh(int64_t i, int64_t count, int64_t offset) {
-        const bool is_plain = !call.softcap && !call.alibi.numbers && call.scale > 0;
+        const bool is_plain = !IS_SCALED<T, S> && !call.softcap && !call.alibi.numbers && call.scale > 0;
         const float scale = is_plain ? call.scale : 1;  // by which scores are multiplied at last
         for (int64_t k = 0; k < count && !is_plain; k++) {
             Vec x = load(scores + k * step + i) * call.scale;
+            if (IS_SCALED<T, S>) x *= load(key_scales + k * step + i);
             if (call.softcap) x = capped(x, call.softcap);
             if (call.alibi.numbers) x += load(slopes + i) * float(offset + k);
             store(scores + k * step + i, x);
