@@ -127,8 +127,8 @@ class KernelCalls:
 
     def __init__(self, calls: Sequence[tuple[Kernel, tuple[Any, ...]]]) -> None:
         packed = [kernel.pack(*args) for kernel, args in calls]
-        self._packed = b"".join(packed)
-        start = ctypes.cast(self._packed, ctypes.c_void_p).value or 0
+        self._packed = ctypes.create_string_buffer(b"".join(packed))
+        start = ctypes.addressof(self._packed)
         places = (start + end - len(one) for end, one in zip(accumulate(map(len, packed)), packed, strict=True))
         self._table = np.array(
             [(kernel.address, place) for (kernel, _), place in zip(calls, places, strict=True)], dtype=np.int64
