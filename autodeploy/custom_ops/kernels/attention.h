@@ -40,13 +40,6 @@ inline void transpose(Vec* x) {
     }
 }
 
-// 0, 1, 2, ..
-inline IntVec counting() {
-    IntVec x;
-    for (int i = 0; i < LANES; i++) x[i] = i;
-    return x;
-}
-
 // A part of the work of a call, for one thread.
 struct Task {
     int64_t request, kv_head, num_heads;  // heads of the cache; of tiles one
@@ -120,6 +113,16 @@ struct Call {
             if (within == page_size) page++, within = 0;
             found[i] = cache + (*page * page_size + within) * kv_heads * width;
         }
+    }
+
+    // Numbers d.. of a query as an operand of M, zeros behind the last.
+    template <class M>
+    auto operand(const T* query, int64_t d) const {
+        const int64_t count = head_dim_k - d;
+        if (q_dim_stride == 1) return M::read(query + d, count);
+        T some[M::WIDTH] = {};
+        for (int64_t i = 0; i < std::min<int64_t>(M::WIDTH, count); i++) some[i] = query[(d + i) * q_dim_stride];
+        return M::read(some, M::WIDTH);
     }
 
     const T* query(int64_t token, int64_t head) const { return q + token * q_token_stride + head * q_head_stride; }

@@ -46,20 +46,20 @@ template <typename T, typename S, int ROWS>
 class DecodeRange {
     using M = Streamed<T, S>;
     static constexpr int TOKENS = std::min(4, LANES / ROWS), SLICES = LANES / ROWS / TOKENS;  // whose scores are summed at once
-    static constexpr int BLOCK = std::max(8, 4 * ROWS);         // tokens whose scores come before their values
-    static constexpr int OPERANDS = ROWS > 2 ? 16 / ROWS : 8;   // vectors of values whose sums stay in registers
-    static constexpr int LINE = 64 / sizeof(S);                 // numbers of a line of memory
+    static constexpr int BLOCK = std::max(8, 4 * ROWS);        // tokens whose scores come before their values
+    static constexpr int OPERANDS = ROWS > 2 ? 16 / ROWS : 8;  // vectors of values whose sums stay in registers
+    static constexpr int LINE = 64 / sizeof(S);                // numbers of a line of memory
 
     const Call<T, S>& call;
-    const int64_t first_head, num_heads;  // of the cache
-    const int64_t slices, all;            // of a head of the cache, of these heads
-    const int64_t depth, columns, step;   // numbers of a row of q, of the sums; rows, in whole vectors
-    typename M::Stored* q;                // [all, ROWS, depth]
-    float* values;                        // [all, ROWS, columns]
-    float *largest, *sum, *slopes;        // [step]: score, sum of weights, of alibi
-    float* factors;                       // [step]
+    const int64_t first_head, num_heads;        // of the cache
+    const int64_t slices, all;                  // of a head of the cache, of these heads
+    const int64_t depth, columns, step;         // numbers of a row of q, of the sums; rows, in whole vectors
+    typename M::Stored* q;                      // [all, ROWS, depth]
+    float* values;                              // [all, ROWS, columns]
+    float *largest, *sum, *slopes;              // [step]: score, sum of weights, of alibi
+    float* factors;                             // [step]
     float *scores, *key_scales, *value_scales;  // [BLOCK, step]
-    typename M::Unit* weights;            // [BLOCK / TOGETHER, step], in place of the scores
+    typename M::Unit* weights;                  // [BLOCK / TOGETHER, step], in place of the scores
     const S** tokens;
 
   public:
@@ -131,17 +131,10 @@ class DecodeRange {
             const T* from = call.query(token, head_of_q);
             if (call.alibi.numbers) slopes[row] = call.alibi[head_of_q];
             for (int64_t d = 0; d < call.head_dim_k; d += M::WIDTH) {
-                const auto numbers = read_query(from + d * call.q_dim_stride, call.head_dim_k - d);
+                const auto numbers = call.template operand<M>(from, d);
                 memcpy(q + row * depth + d, &numbers, sizeof numbers);
             }
         }
-    }
-
-    auto read_query(const T* from, int64_t count) const {
-        if (call.q_dim_stride == 1) return M::read(from, count);
-        T some[M::WIDTH] = {};
-        for (int64_t i = 0; i < std::min<int64_t>(M::WIDTH, count); i++) some[i] = from[i * call.q_dim_stride];
-        return M::read(some, M::WIDTH);
     }
 
     // offset: the position of the first key less that of the query.

@@ -203,19 +203,10 @@ class Tiles {
         for (int64_t i = 0; i < ROWS; i += LANES)
             for (int64_t d = 0; d < depth; d += LANES) {
                 Vec x[LANES];
-                for (int r = 0; r < LANES; r++) x[r] = units(query[i + r], d);
+                for (int r = 0; r < LANES; r++) x[r] = (Vec)call.template operand<M>(query[i + r], d * TOGETHER);
                 transpose(x);
                 for (int64_t u = 0; u < std::min<int64_t>(LANES, depth - d); u++) memcpy(rows.q + (d + u) * ROWS + i, x + u, sizeof *x);
             }
-    }
-
-    // Units d.. of a query, one to a lane; zeros behind the last.
-    Vec units(const T* query, int64_t d) const {
-        const int64_t count = call.head_dim_k - d * TOGETHER, stride = call.q_dim_stride;
-        if (stride == 1) return (Vec)M::read(query + d * TOGETHER, count);
-        T some[M::WIDTH] = {};
-        for (int64_t i = 0; i < std::min<int64_t>(M::WIDTH, count); i++) some[i] = query[(d * TOGETHER + i) * stride];
-        return (Vec)M::read(some, M::WIDTH);
     }
 
     // Keys and values of tokens start.. to before stop. Where start is before the first that may be read, that one is read twice.
