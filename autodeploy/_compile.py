@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from numbers import Integral
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -36,7 +35,7 @@ from autodeploy.executor.distributed_runner import DistributedRunner, RankOption
 from autodeploy.executor.engine import ADExecutor
 from autodeploy.executor.memory import free_memory
 from autodeploy.executor.model_runner import ModelRunner, Runner, limit_threads
-from autodeploy.executor.outputs import RequestHandle, RequestOutput, raised
+from autodeploy.executor.outputs import RequestHandle, RequestOutput, outputs_of, raised
 from autodeploy.executor.pool_sizes import PoolSizes
 from autodeploy.executor.positions import table_of_positions
 from autodeploy.executor.request import Detokenizer, Request
@@ -46,6 +45,7 @@ from autodeploy.executor.worker import serve
 from autodeploy.program import Program
 from autodeploy.program_cache import Lowered, Place, is_code, place_of
 from autodeploy.program_store import Miss
+from autodeploy.prompts import is_single, spread, token_ids
 from autodeploy.report.tables import describe
 from autodeploy.report.timeline import Timeline
 from autodeploy.specs import ModelFacts, Target
@@ -105,6 +105,8 @@ def compile_observed(args: LLMArgs, *observers: Observer, timeline: Timeline | N
         else:
             graphs = _with_pieces(_graph_options(args), args, program)
             runner = ModelRunner(program, lowered.source, _device(args), advance, graphs)
+    if lowered.place is not None and isinstance(runner, ModelRunner) and runner.device == "cpu":
+        lowered.place.note_memory(runner.weight_bytes)
     return CompiledModel(args, facts, timeline, runner, program)
 
 
@@ -122,7 +124,7 @@ def _lowered(args: LLMArgs, timeline: Timeline, *observers: Observer) -> Lowered
         place = place_of(args, _target(args), edited, is_watched=bool(observers))
         try:
             if isinstance(place, Place):
-                found = place.find()
+                found = replace(place.find(), place=place)
                 timeline.notes["program cache"] = "hit"
                 return found
             note = f"not used: {place}"
@@ -134,6 +136,7 @@ def _lowered(args: LLMArgs, timeline: Timeline, *observers: Observer) -> Lowered
     if isinstance(place, Place):
         with timeline.phase("store program"):
             refused = place.keep(lowered, initial)
+        lowered = replace(lowered, place=place)
         note += f" (not stored: {refused})" if refused else ""
     timeline.notes["program cache"] = note
     return lowered
@@ -442,48 +445,3 @@ class CompiledModel:
     def _free_memory(self) -> int:
         """Bytes that each rank may still allocate."""
         return self.runner.free_bytes if isinstance(self.runner, DistributedRunner) else free_memory(_device(self.args))
-
-
-def outputs_of(
-    handles: Sequence[RequestHandle], waiting: Callable[[Iterable[RequestHandle]], Iterable[RequestHandle]] = iter
-) -> list[RequestOutput]:
-    """The final outputs, those that failed included. Raises EngineDeadError when it is not requests that failed.
-
-    waiting: goes through the handles, to show how far they are. Whoever stops waiting (Ctrl-C) wants none of them any more.
-    """
-    try:
-        outputs = [handle.output() for handle in waiting(handles)]
-    except BaseException:
-        for handle in handles:
-            handle.abort()
-        raise
-    for output in outputs:
-        if isinstance(output.error, EngineDeadError):
-            raise output.error
-    return outputs
-
-
-def is_single(prompts: Any) -> bool:
-    """One prompt, not a list of them (an empty list is an empty prompt)."""
-    is_list = isinstance(prompts, Sequence) and not isinstance(prompts, str)
-    return not is_list or not prompts or isinstance(prompts[0], Integral)
-
-
-def token_ids(prompt: Any) -> list[int]:
-    """A prompt of token ids as ints. Raises RequestError for anything else."""
-    if isinstance(prompt, Sequence) and all(isinstance(token, Integral) for token in prompt):
-        return [int(token) for token in prompt]
-    kinds = sorted({type(token).__name__ for token in prompt}) if isinstance(prompt, Sequence) else []
-    what = f"{type(prompt).__name__}{' of ' if kinds else ''}{' and '.join(kinds)}"
-    raise RequestError(f"a prompt is text or a list of token ids, not {what}; a tensor or an array has tolist()")
-
-
-def spread(params: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int) -> list[SamplingParams]:
-    """One SamplingParams per prompt, from none, one, or one each."""
-    if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * num_prompts
-    if not isinstance(params, Sequence) or not all(isinstance(item, SamplingParams) for item in params):
-        raise ConfigError(f"sampling_params is a {type(params).__name__}; give a SamplingParams, or a list of one per prompt")
-    if len(params) != num_prompts:
-        raise ConfigError(f"{len(params)} sampling_params for {num_prompts} prompts; give one, or one for each")
-    return list(params)

@@ -1,32 +1,30 @@
-"""LLM: text in, text out, over a CompiledModel."""
+"""LLM: text in, text out, over a CompiledModel.
+
+torch is imported when the first one is made, not with this module: the model is known by then, and other work goes on meanwhile.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, overload
+from typing import TYPE_CHECKING, Any, Self, overload
 
 from rich.console import Console
 from rich.progress import track
-from torch import nn
 
-from autodeploy._compile import (
-    CompiledModel,
-    compile,
-    is_single,
-    outputs_of,
-    refuse_other_models,
-    serve_if_other_rank,
-    spread,
-    token_ids,
-)
-from autodeploy.checkpoint import raw_config
 from autodeploy.collector import collector_at_rest
 from autodeploy.config import LLMArgs, SamplingParams
 from autodeploy.errors import CheckpointError, ConfigError, RequestError
 from autodeploy.executor.detokenizer import IncrementalDetokenizer
-from autodeploy.executor.outputs import RequestHandle, RequestOutput, raised
+from autodeploy.executor.outputs import RequestHandle, RequestOutput, outputs_of, raised
+from autodeploy.memory_ahead import memory_ahead
+from autodeploy.program_store import model_name, store_of
+from autodeploy.prompts import is_single, spread, token_ids
+from autodeploy.report.timeline import Timeline
+
+if TYPE_CHECKING:
+    from autodeploy._compile import CompiledModel
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 """Text, token ids, or {"prompt": text} / {"prompt_token_ids": ids}."""
@@ -44,12 +42,16 @@ class LLM:
     """
 
     def __init__(self, model: Any, **options: Any) -> None:
-        args = LLMArgs(model=model, **options)
-        serve_if_other_rank(args)
-        self.tokenizer: Any = None if args.skip_tokenizer_init else tokenizer_of(args)
-        if args.calibration is not None:
-            options["calibration"] = [self._parse(prompt, SamplingParams())[1] for prompt in args.calibration]
-        self.compiled: CompiledModel = compile(model, **options)
+        args, timeline = LLMArgs(model=model, **options), Timeline()
+        with memory_ahead(_expected_memory(args)):
+            with timeline.phase("import torch"), collector_at_rest():
+                from autodeploy._compile import compile_observed, serve_if_other_rank
+            serve_if_other_rank(args)
+            self.tokenizer: Any = None if args.skip_tokenizer_init else tokenizer_of(args)
+            if args.calibration is not None:
+                prompts = [self._parse(prompt, SamplingParams())[1] for prompt in args.calibration]
+                args = args.model_copy(update={"calibration": prompts})
+            self.compiled: CompiledModel = compile_observed(args, timeline=timeline)
 
     def __enter__(self) -> Self:
         return self
@@ -154,12 +156,23 @@ class LLM:
         return self.tokenizer.encode(text, add_special_tokens=add_special_tokens, verbose=False)  # the scheduler judges length
 
 
+def _expected_memory(args: LLMArgs) -> int:
+    """Bytes of the weights in the memory of the CPU, where the last start of this folder noted them."""
+    store = store_of(args.program_cache)
+    if store is None or not isinstance(args.model, str | Path) or args.device.startswith("cuda") or args.mesh.size > 1:
+        return 0
+    return store.last_memory(model_name(Path(args.model)))
+
+
 def tokenizer_of(args: LLMArgs) -> Any:
     """The tokenizer given, or that of a folder. Raises CheckpointError or ConfigError with the remedy."""
+    from autodeploy._compile import refuse_other_models
+    from autodeploy.checkpoint import raw_config
+
     given = args.tokenizer
     if given is not None and not isinstance(given, str | Path):
         return given
-    if given is None and isinstance(args.model, nn.Module):
+    if given is None and not isinstance(args.model, str | Path):
         raise ConfigError(
             "a model in memory brings no tokenizer; pass tokenizer=..., or skip_tokenizer_init=True to use token ids"
         )

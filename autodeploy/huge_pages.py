@@ -9,14 +9,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-HUGE_PAGE = 1 << 21
+from autodeploy.memory_ahead import HUGE_PAGE, take
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """A tensor on the CPU that holds nothing yet, and whose memory becomes resident as it is written."""
+    """A tensor on the CPU that holds nothing yet; its memory becomes resident as it is written, or is already: `memory_ahead`."""
     num_bytes = math.prod(shape) * dtype.itemsize
     if num_bytes < HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(shape, dtype=dtype)
+    if (taken := take(num_bytes)) is not None:
+        return torch.frombuffer(taken, dtype=dtype).view(shape)
     area = mmap.mmap(-1, num_bytes + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared memory gets none
     area.madvise(mmap.MADV_HUGEPAGE)
     whole = torch.frombuffer(area, dtype=torch.uint8)

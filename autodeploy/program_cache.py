@@ -23,7 +23,7 @@ from autodeploy.errors import CheckpointError
 from autodeploy.program import FILE_NAME as PROGRAM
 from autodeploy.program import Program, decode_program
 from autodeploy.program_key import NotCacheable, facts_of
-from autodeploy.program_store import Facts, Store, default_folder
+from autodeploy.program_store import Facts, Store, model_name, store_of
 from autodeploy.recipes import Convert, Initial, Recipe
 from autodeploy.specs import ModelFacts, Target
 from autodeploy.weights import TensorSource
@@ -40,6 +40,8 @@ class Lowered:
     facts: ModelFacts
     text: bytes = b""
     """The program as it is stored, where it was read; `as_json` needs values that such a program has not got."""
+    place: Place | None = None
+    """Where it is stored, if it may be."""
 
     @property
     def as_json(self) -> bytes:
@@ -56,8 +58,7 @@ class Place:
 
     @property
     def model(self) -> str:
-        """The name under which entries of the same folder are found again."""
-        return str(self.source.folder.resolve())
+        return model_name(self.source.folder)
 
     @collector_at_rest()
     def find(self) -> Lowered:
@@ -99,14 +100,18 @@ class Place:
             return str(error) or type(error).__name__
         return ""
 
+    def note_memory(self, num_bytes: int) -> None:
+        """Tell later starts what the weights take in memory."""
+        self.store.note_memory(self.facts, num_bytes)
+
 
 def place_of(args: LLMArgs, target: Target, passes: Iterable[Any] | None, *, is_watched: bool = False) -> Place | str:
     """Where the program of this start is stored, or why it is not. passes: those of an edited pipeline.
 
     is_watched: somebody wants to see the program after each pass.
     """
-    folder = default_folder() if isinstance(args.program_cache, bool) else args.program_cache
-    if args.program_cache is False or folder is None:
+    store = store_of(args.program_cache)
+    if store is None:
         return "switched off"
     if isinstance(args.model, nn.Module):
         return "the model is in memory"
@@ -117,7 +122,7 @@ def place_of(args: LLMArgs, target: Target, passes: Iterable[Any] | None, *, is_
     try:
         raw_config(Path(args.model))
         source = CheckpointSource(Path(args.model))
-        return Place(Store(folder), facts_of(args, target, passes, source), source)
+        return Place(store, facts_of(args, target, passes, source), source)
     except (NotCacheable, CheckpointError, OSError) as error:  # what is wrong with a folder, the capture says again
         return str(error)
 

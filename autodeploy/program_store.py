@@ -10,7 +10,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from warnings import warn
 
 from autodeploy.cache_folder import cache_folder
 
-MANIFEST, LOCK = "manifest.json", ".lock"
+MANIFEST, LOCK, MEMORY = "manifest.json", ".lock", "memory"
 FORMAT_VERSION = 1
 UNFINISHED, MAX_AGE = ".new-", 3600.0
 MAX_ENTRIES = 64
@@ -35,6 +35,17 @@ class Miss(Exception):
 def default_folder() -> Path | None:
     """Of programs, in the cache folder; None when $AUTODEPLOY_CACHE_DIR is "off"."""
     return None if os.environ.get("AUTODEPLOY_CACHE_DIR") == "off" else cache_folder() / "programs"
+
+
+def store_of(option: bool | Path) -> Store | None:
+    """Of the option `program_cache`; None: nothing is stored."""
+    folder = default_folder() if option is True else option
+    return Store(folder) if isinstance(folder, Path) else None
+
+
+def model_name(folder: Path) -> str:
+    """The name under which entries of the same model are found again."""
+    return str(folder.resolve())
 
 
 def key_of(facts: Facts) -> str:
@@ -101,6 +112,20 @@ class Store:
             finally:
                 shutil.rmtree(new, ignore_errors=True)
             self._drop_old()
+
+    def note_memory(self, facts: Facts, num_bytes: int) -> None:
+        """Keep beside an entry how many bytes its weights took in the memory of the CPU; nothing happens where it is gone."""
+        with suppress(OSError):
+            (self.folder / key_of(facts) / MEMORY).write_text(str(num_bytes))
+
+    def last_memory(self, model: str) -> int:
+        """What was noted of the entry of this model that was used last; 0: nothing."""
+        try:
+            with self._locked(fcntl.LOCK_SH):
+                last = next(entry for entry in self.entries() if entry.model == model)
+                return int((last.folder / MEMORY).read_text())
+        except (Miss, StopIteration, OSError, ValueError):
+            return 0
 
     def _put(self, new: Path, entry: Path) -> None:
         """A rename: the entry is there as a whole or not at all."""

@@ -4,7 +4,7 @@
 
 16 query heads over 8 of the cache, 128 numbers each, bfloat16. Both take turns, over several copies of the cache so that none is
 still in the CPU's own; medians. Tensors are in huge pages and freed blocks are kept, as by a server, and ours is called as the
-executor does: for decoding from a recorded step, for prompts as an op from Python; how long the op takes stands beside it.
+executor does: from a recorded step where it has few tokens, else as an op from Python; how long the op takes stands beside it.
 SDPA is given query heads of a group as rows that share their keys ("folded"), or `enable_gqa` with `is_causal`, which is the
 faster way for prompts. The floor of decoding is the bytes of the cache over the rate at which `torch.sum` reads.
 The last column is our time over a cache of int8, as a share of that over one of bfloat16.
@@ -28,6 +28,7 @@ from autodeploy.custom_ops import paged_attention
 from autodeploy.custom_ops.attention import scaled_rows
 from autodeploy.custom_ops.cpp import KernelCalls, record_kernels
 from autodeploy.custom_ops.cpp_attention import cpp_paged_attention
+from autodeploy.executor.model_runner import MAX_RECORDED_TOKENS
 from autodeploy.executor.packing import returning_blocks
 
 HEADS, KV_HEADS, HEAD_DIM, PAGE = 16, 8, 128, 16
@@ -112,15 +113,16 @@ def measure(case: Case, rounds: int) -> str:
     """A line of the table."""
     copies = max(2, min(64, MIN_BYTES // case.cache_bytes))
     ops = [paged(case, cpp_paged_attention) for _ in range(copies)]
+    is_recorded = case.requests * case.new_tokens <= MAX_RECORDED_TOKENS
     ops_on_bytes = [paged(case, cpp_paged_attention, in_bytes=True) for _ in range(2 * copies)]
     ways = {
-        "ours": ops if case.new_tokens > 1 else [recorded(op) for op in ops],
-        "int8": ops_on_bytes if case.new_tokens > 1 else [recorded(op) for op in ops_on_bytes],
+        "ours": [recorded(op) for op in ops] if is_recorded else ops,
+        "int8": [recorded(op) for op in ops_on_bytes] if is_recorded else ops_on_bytes,
         "folded": [contiguous(case, True) for _ in range(copies)],
         "gqa": [contiguous(case, False) for _ in range(copies)] if case.new_tokens > 1 else [],
         "reference": [paged(case, paged_attention.reference)],
         "read": [BLOCK.sum],
-        "op": ops if case.new_tokens == 1 else [],
+        "op": ops if is_recorded else [],
     }
     times: dict[str, list[float]] = {name: [] for name, calls in ways.items() if calls}
     for i, name in itertools.product(range(rounds + 1), times):

@@ -19,7 +19,7 @@ PACKAGE = ROOT / "autodeploy"
 
 # Each line: parts of the package <- the parts they may import, besides their own line and all that lies further upstream.
 ARROWS = {
-    ("errors", "config", "specs", "cache_folder", "huge_pages", "collector"): (),
+    ("errors", "config", "specs", "cache_folder", "memory_ahead", "huge_pages", "collector", "prompts"): (),
     ("formats",): ("errors",),
     ("format_parts",): ("formats",),
     ("custom_ops",): ("config", "specs", "formats"),
@@ -56,13 +56,19 @@ TORCH_FREE = {
     "autodeploy.errors",
     "autodeploy.specs",
     "autodeploy.cache_folder",
+    "autodeploy.collector",
+    "autodeploy.memory_ahead",
+    "autodeploy.prompts",
     "autodeploy.demo_questions",
     "autodeploy.program_store",
     "autodeploy.executor.request",
     "autodeploy.executor.scheduler",
     "autodeploy.executor.kv_cache",
+    "autodeploy.executor.detokenizer",
+    "autodeploy.executor.outputs",
+    "autodeploy.report.timeline",
 }
-LATE_IMPORTERS = {"autodeploy", "autodeploy.cli", "autodeploy._compile"}
+LATE_IMPORTERS = {"autodeploy", "autodeploy.cli", "autodeploy._compile", "autodeploy._llm"}
 CODE_LOADERS = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "marshal", "shelve", "torch.load", "torch.save"}
 NOT_A_GRAPH = "torch.fx.node.has_side_effect"  # how an op tells dead-code elimination that it mutates
 LONGEST_FUNCTION = 100

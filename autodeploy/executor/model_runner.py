@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, Protocol
@@ -57,7 +58,10 @@ def limit_threads(device: str) -> None:
         torch.set_num_threads(cores)
 
 
-MAX_RECORDED_TOKENS, MAX_RECORDED_STEPS = 64, 256
+MAX_RECORDED_TOKENS, MAX_RECORDED_STEPS = 128, 256
+RECORDED_AT, PROMPTS_RECORDED_AT = 2, 5
+"""Which step of a shape is recorded: that takes as long as 5 to 10 later ones save; prompts of one shape may be fewer."""
+MAX_COUNTED_SHAPES = 4096
 
 
 class ModelRunner:
@@ -99,7 +103,7 @@ class ModelRunner:
             self.use_graphs(CudaDevice(device), graphs or GraphOptions())
         self.records_steps = device == "cpu" and can_record(self.module.graph)
         self.recorded: dict[Any, RecordedStep] = {}
-        self.known_shapes: set[Any] = set()
+        self.counts: Counter[Any] = Counter()
         self.arena = Arena()
 
     def use_graphs(self, gpu: GraphDevice, options: GraphOptions) -> None:
@@ -135,9 +139,10 @@ class ModelRunner:
             return self.graphs.forward(batch)
         self._plan(batch)
         inputs = [batch[name] for name in self.program.inputs]
-        num_requests = len(batch["seq_lens"])
-        if self.records_steps and num_requests == batch["input_ids"].shape[1] <= MAX_RECORDED_TOKENS and self._is_known(inputs):
-            return self._run_recorded(inputs)
+        if self.records_steps and (num_tokens := batch["input_ids"].shape[1]) <= MAX_RECORDED_TOKENS:
+            recorded_at = RECORDED_AT if num_tokens == len(batch["seq_lens"]) else PROMPTS_RECORDED_AT
+            if self._count(inputs) >= recorded_at:
+                return self._run_recorded(inputs)
         return self._compute([torch.from_numpy(array) for array in inputs])
 
     def _plan(self, batch: BatchMetadata) -> None:
@@ -151,20 +156,22 @@ class ModelRunner:
         """The program's inputs, on its device -> logits [N, V]."""
         return self.module(*inputs, *self.caches)[0]
 
-    def _is_known(self, inputs: list[np.ndarray]) -> bool:
-        """Whether there has been a step of these shapes: recording takes as long as many steps, and some shapes come once."""
+    def _count(self, inputs: list[np.ndarray]) -> int:
+        """How many steps of these shapes there have been, this one included."""
         shapes = _shapes(inputs)
-        is_known = shapes in self.known_shapes
-        self.known_shapes.add(shapes)
-        return is_known
+        if len(self.counts) == MAX_COUNTED_SHAPES:
+            self.counts.clear()
+        self.counts[shapes] += 1
+        return self.counts[shapes]
 
     def _run_recorded(self, inputs: list[np.ndarray]) -> Tensor:
-        """A decode step, recorded when the first of its shapes comes here."""
+        """A step, recorded when the first of its shapes comes here; the one that has not come for longest makes room."""
         shapes = _shapes(inputs)
-        if (step := self.recorded.get(shapes)) is not None:
+        if (step := self.recorded.pop(shapes, None)) is not None:
+            self.recorded[shapes] = step
             return step.run(inputs)[0]
         if len(self.recorded) == MAX_RECORDED_STEPS:
-            self.recorded.clear()
+            del self.recorded[next(iter(self.recorded))]
         self.recorded[shapes] = step = record(self.module, inputs, self.caches, self.arena)
         return step.output[0]
 

@@ -7,10 +7,11 @@ import contextlib
 import functools
 import itertools
 import threading
-from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from autodeploy.errors import EngineDeadError
 from autodeploy.executor.request import Request
 
 
@@ -158,3 +159,22 @@ def raised(output: RequestOutput) -> RequestOutput:
     if output.error is not None:
         raise output.error
     return output
+
+
+def outputs_of(
+    handles: Sequence[RequestHandle], waiting: Callable[[Iterable[RequestHandle]], Iterable[RequestHandle]] = iter
+) -> list[RequestOutput]:
+    """The final outputs, those that failed included. Raises EngineDeadError when it is not requests that failed.
+
+    waiting: goes through the handles, to show how far they are. Whoever stops waiting (Ctrl-C) wants none of them any more.
+    """
+    try:
+        outputs = [handle.output() for handle in waiting(handles)]
+    except BaseException:
+        for handle in handles:
+            handle.abort()
+        raise
+    for output in outputs:
+        if isinstance(output.error, EngineDeadError):
+            raise output.error
+    return outputs

@@ -12,6 +12,7 @@ from torch import Tensor, fx
 
 import autodeploy
 from autodeploy import SamplingParams
+from autodeploy.executor import model_runner
 from autodeploy.executor.recorded_step import ARENA_BYTES, Arena, can_record, record
 from tests.models.families import make_model
 
@@ -22,7 +23,8 @@ PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10], [9] * 40]
 
 @contextmanager
 def checked_steps(runner: Any) -> Iterator[list[int]]:
-    """Every recorded step is run by the graph too, on a copy of the caches. Yields the number of requests of each."""
+    """Every recorded step is run by the graph too, on a copy of the caches. Yields the number of tokens of each."""
+    names = list(runner.program.inputs)
     checked: list[int] = []
     recorded = runner._run_recorded
 
@@ -36,7 +38,7 @@ def checked_steps(runner: Any) -> Iterator[list[int]]:
         assert torch.equal(ours, expected)
         for cache, other in zip(runner.caches, after, strict=True):
             torch.testing.assert_close(cache, other, rtol=0, atol=0, equal_nan=True)  # memory that nobody has written to yet
-        checked.append(len(expected))
+        checked.append(inputs[names.index("input_ids")].shape[1])
         return ours
 
     runner._run_recorded = both
@@ -48,18 +50,52 @@ def checked_steps(runner: Any) -> Iterator[list[int]]:
 def test_a_recorded_step_is_the_step(family: str, dtype: torch.dtype) -> None:
     compiled = autodeploy.compile(make_model(family).to(dtype))
     with checked_steps(compiled.runner) as checked:
-        for _ in range(2):  # the second time all shapes are known
-            outputs = compiled.generate(PROMPTS, GREEDY)
+        for turn in range(6):  # decode steps are recorded from the second one on, those with prompts from the fifth
+            prompts = [[token + turn for token in prompt] for prompt in PROMPTS]
+            outputs = compiled.generate(prompts, GREEDY)
             assert [len(output.outputs[0].token_ids) for output in outputs] == [12] * 3
-    assert checked.count(3) >= 20
-    assert len(compiled.runner.recorded) < 6  # pyright: ignore[reportAttributeAccessIssue]
+    assert checked.count(50) == 2 and checked.count(3) >= 50
+    assert len(compiled.runner.recorded) < 7  # pyright: ignore[reportAttributeAccessIssue]
     compiled.shutdown()
 
 
-def test_long_steps_and_other_devices_are_not_recorded() -> None:
+def test_chunks_of_prompts_beside_tokens_that_are_generated_are_recorded() -> None:
+    compiled = autodeploy.compile(make_model("qwen3"), max_num_tokens=16, disable_overlap_scheduler=True)
+    with checked_steps(compiled.runner) as checked:
+        alone = [compiled.generate([7 + turn] * 40, GREEDY) for turn in range(6)]
+        for turn in range(6):
+            both = compiled.generate([[7 + turn] * 40, [3] * 20], GREEDY)
+            assert both[0].outputs[0].token_ids == alone[turn].outputs[0].token_ids
+    assert checked.count(16) >= 8
+    compiled.shutdown()
+
+
+def test_long_steps_are_not_recorded() -> None:
     compiled = autodeploy.compile(make_model("qwen3"))
-    compiled(torch.ones(2, 30, dtype=torch.int64))
+    for _ in range(6):
+        compiled(torch.ones(1, 129, dtype=torch.int64))
     assert not compiled.runner.recorded  # pyright: ignore[reportAttributeAccessIssue]
+    compiled.shutdown()
+
+
+def test_the_shape_that_came_last_longest_ago_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_runner, "MAX_RECORDED_STEPS", 2)
+    compiled = autodeploy.compile(make_model("qwen3"))
+    runner: Any = compiled.runner
+    for length in (3, 4, 3, 5):
+        for _ in range(6):
+            compiled(torch.ones(1, length, dtype=torch.int64))
+    assert [shapes[0] for shapes in runner.recorded] == [(1, 3), (1, 5)]
+    compiled.shutdown()
+
+
+def test_counts_of_shapes_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_runner, "MAX_COUNTED_SHAPES", 4)
+    compiled = autodeploy.compile(make_model("qwen3"))
+    runner: Any = compiled.runner
+    for length in range(2, 12):
+        compiled(torch.ones(1, length, dtype=torch.int64))
+        assert len(runner.counts) <= 4
     compiled.shutdown()
 
 

@@ -17,29 +17,6 @@ constexpr float INFINITE = std::numeric_limits<float>::infinity();
 
 inline int64_t round_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
 
-// Lanes of a whose number has the bit STEP change places with those of b that are STEP before them.
-template <int STEP, int... lane>
-inline std::pair<Vec, Vec> exchange(Vec a, Vec b, std::integer_sequence<int, lane...>) {
-    return {__builtin_shufflevector(a, b, (lane & STEP ? LANES + lane - STEP : lane)...),
-            __builtin_shufflevector(a, b, (lane & STEP ? LANES + lane : lane + STEP)...)};
-}
-
-template <int STEP>
-inline std::pair<Vec, Vec> exchange(Vec a, Vec b) {
-    return exchange<STEP>(a, b, std::make_integer_sequence<int, LANES>{});
-}
-
-// Lane i of x[j] becomes lane j of x[i].
-template <int STEP = 1>
-inline void transpose(Vec* x) {
-    if constexpr (STEP < LANES) {
-#pragma GCC unroll 16
-        for (int i = 0; i < LANES; i++)
-            if (!(i & STEP)) std::tie(x[i], x[i + STEP]) = exchange<STEP>(x[i], x[i + STEP]);
-        transpose<2 * STEP>(x);
-    }
-}
-
 // A part of the work of a call, for one thread.
 struct Task {
     int64_t request, kv_head, num_heads;  // heads of the cache; of tiles one

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <tuple>
 #include <type_traits>
 #include <utility>
 
@@ -110,6 +111,47 @@ inline Vec load(const int8_t* from) {
 }
 
 inline void store(float* to, Vec x) { memcpy(to, &x, sizeof x); }
+
+// Past the caches, to an address that is a multiple of a vector: for whole lines that nobody reads soon. `streamed` must follow, before
+// another thread is told of them.
+inline void stream(float* to, Vec x) {
+#if defined(__AVX512F__)
+    _mm512_stream_ps(to, (__m512)x);
+#elif defined(__AVX2__)
+    _mm256_stream_ps(to, (__m256)x);
+#else
+    store(to, x);
+#endif
+}
+
+inline void streamed() {
+#if defined(__AVX2__)
+    _mm_sfence();
+#endif
+}
+
+// Lanes of a whose number has the bit STEP change places with those of b that are STEP before them.
+template <int STEP, int... lane>
+inline std::pair<Vec, Vec> exchange(Vec a, Vec b, std::integer_sequence<int, lane...>) {
+    return {__builtin_shufflevector(a, b, (lane & STEP ? LANES + lane - STEP : lane)...),
+            __builtin_shufflevector(a, b, (lane & STEP ? LANES + lane : lane + STEP)...)};
+}
+
+template <int STEP>
+inline std::pair<Vec, Vec> exchange(Vec a, Vec b) {
+    return exchange<STEP>(a, b, std::make_integer_sequence<int, LANES>{});
+}
+
+// Lane i of x[j] becomes lane j of x[i].
+template <int STEP = 1>
+inline void transpose(Vec* x) {
+    if constexpr (STEP < LANES) {
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; i++)
+            if (!(i & STEP)) std::tie(x[i], x[i + STEP]) = exchange<STEP>(x[i], x[i + STEP]);
+        transpose<2 * STEP>(x);
+    }
+}
 
 // To nearest, ties to even, as torch does; not a number stays one.
 inline void store(bf16* to, Vec x) {

@@ -2,29 +2,38 @@
 // number of rows: a row's result does not depend on the rows beside it.
 #include "float_panels.h"
 
-constexpr int SQUARE = 16;  // words in 64 bytes of a row of the weight
+constexpr int LINE_ROWS = 16;  // of a weight: their words fill 64 bytes of a panel
 
-// Words [rows][count] of a weight to [count][rows] of a panel, by way of a small square: neither side is read or written in pieces.
-static void transpose(const uint32_t* from, int64_t stride, int64_t rows, int64_t count, uint32_t* to) {
-    uint32_t in[SQUARE][SQUARE] = {}, out[SQUARE][SQUARE];
-    for (int64_t n = 0; n < rows; n++) memcpy(in[n], from + n * stride, count * 4);
-    for (int64_t word = 0; word < SQUARE; word++)
-        for (int64_t n = 0; n < SQUARE; n++) out[word][n] = in[n][word];
-    for (int64_t word = 0; word < count; word++) memcpy(to + word * WIDTH, out[word], rows * 4);
+// Words [LINE_ROWS][LANES] of a weight to [LANES][LINE_ROWS] of a panel. They are moved as floats, but never computed with.
+static void turn(const uint32_t* from, int64_t stride, uint32_t* to) {
+    Vec squares[LINE_ROWS];
+    EACH(int n = 0; n < LINE_ROWS; n++) squares[n] = load((const float*)(from + n * stride));
+    EACH(int first = 0; first < LINE_ROWS; first += LANES) transpose(squares + first);
+    EACH(int word = 0; word < LANES; word++)
+    EACH(int first = 0; first < LINE_ROWS; first += LANES) stream((float*)(to + word * WIDTH + first), squares[first + word]);
 }
 
-// weight [N][words] to panels; zeros where the last one is not full.
+// The same for fewer rows and words.
+static void turn_some(const uint32_t* from, int64_t stride, int64_t rows, int64_t words, uint32_t* to) {
+    for (int64_t word = 0; word < words; word++)
+        for (int64_t n = 0; n < rows; n++) to[word * WIDTH + n] = from[n * stride + word];
+}
+
+// weight [N][words] to panels, which begin at a multiple of 64 bytes; zeros where the last one is not full.
 static void kernel_pack_panels(const uint32_t* weight, uint32_t* packed, int64_t N, int64_t words, int64_t threads) {
     parallel(threads, (N + WIDTH - 1) / WIDTH, [&](int64_t first, int64_t last) {
         for (int64_t panel = first; panel < last; panel++) {
             uint32_t* to = packed + panel * words * WIDTH;
-            const int64_t rows = std::min<int64_t>(WIDTH, N - panel * WIDTH);
-            if (rows < WIDTH) memset(to, 0, words * WIDTH * 4);
-            for (int64_t top = 0; top < rows; top += SQUARE)
-                for (int64_t start = 0; start < words; start += SQUARE)
-                    transpose(weight + (panel * WIDTH + top) * words + start, words, std::min<int64_t>(SQUARE, rows - top),
-                              std::min<int64_t>(SQUARE, words - start), to + start * WIDTH + top);
+            const int64_t num_rows = std::min<int64_t>(WIDTH, N - panel * WIDTH);
+            if (num_rows < WIDTH) memset(to, 0, words * WIDTH * 4);
+            for (int64_t top = 0; top < num_rows; top += LINE_ROWS) {
+                const uint32_t* from = weight + (panel * WIDTH + top) * words;
+                const int64_t rows = std::min<int64_t>(LINE_ROWS, num_rows - top), whole = rows == LINE_ROWS ? words / LANES * LANES : 0;
+                for (int64_t start = 0; start < whole; start += LANES) turn(from + start, words, to + start * WIDTH + top);
+                turn_some(from + whole, words, rows, words - whole, to + whole * WIDTH + top);
+            }
         }
+        streamed();
     });
 }
 KERNEL(pack_panels)
