@@ -124,7 +124,7 @@ def _lowered(args: LLMArgs, timeline: Timeline, *observers: Observer) -> Lowered
         place = place_of(args, _target(args), edited, is_watched=bool(observers))
         try:
             if isinstance(place, Place):
-                found = replace(place.find(), place=place)
+                found = place.find()
                 timeline.notes["program cache"] = "hit"
                 return found
             note = f"not used: {place}"

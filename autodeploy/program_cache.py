@@ -72,7 +72,7 @@ class Place:
         except Exception as error:  # whatever it is, the program can be built again
             raise self.store.damaged(self.facts, f"{type(error).__name__}: {error}") from error
         self.source.initial = initial
-        return Lowered(program, self.source, facts, files[PROGRAM])
+        return Lowered(program, self.source, facts, files[PROGRAM], self)
 
     def keep(self, lowered: Lowered, initial: Mapping[str, Tensor]) -> str:
         """Store a program; empty, or why it is not stored. initial: the values of at least the leaves that it reads."""

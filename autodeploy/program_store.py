@@ -114,8 +114,8 @@ class Store:
             self._drop_old()
 
     def note_memory(self, facts: Facts, num_bytes: int) -> None:
-        """Keep beside an entry how many bytes its weights took in the memory of the CPU; nothing happens where it is gone."""
-        with suppress(OSError):
+        """Keep beside an entry how many bytes its weights took in the memory of the CPU; nothing happens where that cannot be."""
+        with suppress(OSError, Miss), self._locked(fcntl.LOCK_EX):
             (self.folder / key_of(facts) / MEMORY).write_text(str(num_bytes))
 
     def last_memory(self, model: str) -> int:

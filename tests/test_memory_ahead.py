@@ -77,6 +77,10 @@ def test_what_was_noted_last_of_a_model_is_known(tmp_path: Path) -> None:
     assert store.read(facts, "model") == {"file": b""}
     next(store.folder.glob(f"*/{MEMORY}")).write_text("what?")
     assert store.last_memory("model") == 0
+    store.folder.chmod(0o777)  # then others may have put something in the place of the file
+    store.note_memory(facts, 5)
+    store.folder.chmod(0o700)
+    assert store.last_memory("model") == 0
     store.note_memory({"x": "2"}, 5)  # of no entry
     assert len(list(store.folder.glob("*/"))) == 1
 
