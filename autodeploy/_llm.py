@@ -173,6 +173,7 @@ def tokenizer_of(args: LLMArgs) -> Any:
     if given is not None and not isinstance(given, str | Path):
         return given
     if given is None and not isinstance(args.model, str | Path):
+        refuse_other_models(args.model)
         raise ConfigError(
             "a model in memory brings no tokenizer; pass tokenizer=..., or skip_tokenizer_init=True to use token ids"
         )

@@ -389,6 +389,11 @@ def test_a_model_in_memory_without_tokenizer_is_refused_with_the_remedy(eager_de
         LLM(eager_demo)
 
 
+def test_what_is_no_model_is_refused_for_that_and_not_for_its_tokenizer() -> None:
+    with pytest.raises(ConfigError, match="'model' is a int; give a checkpoint folder"):
+        LLM(123)
+
+
 def test_skip_tokenizer_init_serves_token_ids_and_refuses_text(eager_demo: Any, demo: LLM) -> None:
     ids = demo.tokenizer.encode(QUESTIONS[0])
     with LLM(eager_demo, skip_tokenizer_init=True, backend="pytorch") as llm:
