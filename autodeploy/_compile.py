@@ -46,7 +46,6 @@ from autodeploy.program import Program
 from autodeploy.program_cache import Lowered, Place, is_code, place_of
 from autodeploy.program_store import Miss
 from autodeploy.prompts import is_single, spread, token_ids
-from autodeploy.report.tables import describe
 from autodeploy.report.timeline import Timeline
 from autodeploy.specs import ModelFacts, Target
 
@@ -130,7 +129,8 @@ def _lowered(args: LLMArgs, timeline: Timeline, *observers: Observer) -> Lowered
             note = f"not used: {place}"
         except Miss as error:
             note = f"miss: {error}"
-    from autodeploy._lower import lower
+    with timeline.phase("import transformers"):
+        from autodeploy._lower import lower
 
     lowered, initial = lower(args, edited or pipeline_of(args), _target(args), timeline, *observers)
     if isinstance(place, Place):
@@ -318,6 +318,7 @@ class CompiledModel:
     def report(self) -> str:
         """Passes, providers, caches, weights, start-up time and the passes that are not autodeploy's own, as text."""
         from autodeploy.plugins import foreign_text
+        from autodeploy.report.tables import describe
 
         text, runner = describe(self.program, self.timeline), self._local_runner
         assert runner is not None  # else there is no program

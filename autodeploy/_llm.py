@@ -5,13 +5,10 @@ torch is imported when the first one is made, not with this module: the model is
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, overload
-
-from rich.console import Console
-from rich.progress import track
 
 from autodeploy.collector import collector_at_rest
 from autodeploy.config import LLMArgs, SamplingParams
@@ -21,7 +18,7 @@ from autodeploy.executor.outputs import RequestHandle, RequestOutput, outputs_of
 from autodeploy.memory_ahead import memory_ahead
 from autodeploy.program_store import model_name, store_of
 from autodeploy.prompts import is_single, spread, token_ids
-from autodeploy.report.timeline import Timeline
+from autodeploy.report.timeline import Timeline, is_terminal
 
 if TYPE_CHECKING:
     from autodeploy._compile import CompiledModel
@@ -90,11 +87,7 @@ class LLM:
         params = spread(sampling_params, len(inputs))
         parsed = [self._parse(prompt, item) for prompt, item in zip(inputs, params, strict=True)]  # all, before one is queued
         handles = [self._submit(*each, item, streaming=False) for each, item in zip(parsed, params, strict=True)]
-        console = Console(stderr=True)
-        shown = use_tqdm and console.is_terminal
-        return outputs_of(
-            handles, lambda handles: track(handles, "generating", console=console, disable=not shown, transient=True)
-        )
+        return outputs_of(handles, _with_bar if use_tqdm and is_terminal() else iter)
 
     def generate_async(
         self, inputs: Prompt, sampling_params: SamplingParams | None = None, streaming: bool = False
@@ -154,6 +147,13 @@ class LLM:
                 f"character {error.start} of the prompt is half of one (a lone surrogate); leave it out"
             ) from error
         return self.tokenizer.encode(text, add_special_tokens=add_special_tokens, verbose=False)  # the scheduler judges length
+
+
+def _with_bar(handles: Iterable[RequestHandle]) -> Iterable[RequestHandle]:
+    from rich.console import Console  # late, as in `Timeline`
+    from rich.progress import track
+
+    return track(handles, "generating", console=Console(stderr=True), transient=True)
 
 
 def _expected_memory(args: LLMArgs) -> int:

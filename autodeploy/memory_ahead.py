@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import psutil
 
 HUGE_PAGE = 1 << 21
-PIECE = 8 * HUGE_PAGE
+PIECE = 32 * HUGE_PAGE
 """Bytes between two looks at whether somebody waits."""
 
 

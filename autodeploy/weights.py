@@ -98,21 +98,34 @@ class LiveSource:
         return "the model in memory"
 
 
+Made = Tensor | Integers | list[Tensor]
+"""What is made of a recipe: the tensor, its whole numbers and scales, or the parts of its rows."""
+
+
 def materialize(
-    plan: WeightPlan, source: TensorSource, device: str = "cpu", used_up: Collection[str] = (), as_integers: Collection[str] = ()
-) -> Iterator[tuple[str, Tensor | Integers]]:
+    plan: WeightPlan,
+    source: TensorSource,
+    device: str = "cpu",
+    used_up: Collection[str] = (),
+    as_integers: Collection[str] = (),
+    in_parts: Collection[str] = (),
+) -> Iterator[tuple[str, Made]]:
     """Yield (parameter name, tensor) one at a time: at most one parameter exists beside those already yielded.
 
     A parameter that is a live tensor unchanged *is* that tensor; one that would still point into a mapped file is copied.
     used_up: names of those that are read at once and not kept, and so need no copy. as_integers: names of those that are not
-    made dense. Raises CheckpointError for scales that are not finite.
+    made dense. in_parts: names of used up ones that need not be joined. Raises CheckpointError for scales that are not finite.
     """
     for name, recipe in plan.recipes.items():
         try:
-            made = integers(recipe, source.fetch) if name in as_integers else _dense(recipe, source, name in used_up)
+            if name in as_integers:
+                yield name, integers(recipe, source.fetch).to(device)
+            elif name in in_parts and isinstance(recipe, Cat) and recipe.dim == 0:
+                yield name, [_dense(part, source, True).to(device) for part in recipe.parts]
+            else:
+                yield name, _dense(recipe, source, name in used_up).to(device)
         except BrokenTensorError as error:
             raise CheckpointError(f"{source.where(error.tensor)}: {error}") from error
-        yield name, made.to(device)
 
 
 def _dense(recipe: Recipe, source: TensorSource, is_used_up: bool) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import mmap
+import struct
 import subprocess
 import sys
 import threading
@@ -85,6 +87,34 @@ def test_what_was_noted_last_of_a_model_is_known(tmp_path: Path) -> None:
     assert len(list(store.folder.glob("*/"))) == 1
 
 
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="the system has no huge pages")
+def test_what_grows_begins_in_small_pages() -> None:
+    plain, growing = (huge_pages.empty([32 * MB], torch.uint8, grows=grows) for grows in (False, True))
+    for tensor in (plain, growing):
+        tensor[0] = tensor[2 * HUGE_PAGE] = 1
+    before = resident(growing)
+    assert resident(plain) - before >= HUGE_PAGE - 4096 or resident(plain) < HUGE_PAGE  # where the system gives none at all
+    growing[: HUGE_PAGE // 2].fill_(1)
+    assert HUGE_PAGE // 2 - 4096 <= resident(growing) - before <= HUGE_PAGE // 2
+
+
+def test_a_short_prompt_takes_little_memory_of_each_cache(folder: Path) -> None:
+    limits = {"max_bytes": 64 * MB}
+    with LLM(folder, skip_tokenizer_init=True, kv_cache_config=limits, program_cache=False) as llm:
+        llm.generate([1, 2, 3], SamplingParams(max_tokens=2, ignore_eos=True))
+        caches = llm.compiled.runner.caches  # pyright: ignore[reportAttributeAccessIssue]
+        assert caches and all(cache.nbytes > 2 * HUGE_PAGE and 0 < resident(cache) < HUGE_PAGE // 4 for cache in caches)
+
+
+def resident(tensor: torch.Tensor) -> int:
+    """Bytes of a tensor's memory that the process has."""
+    first, last = tensor.data_ptr() // mmap.PAGESIZE, -(-(tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE)
+    with Path("/proc/self/pagemap").open("rb") as pages:
+        pages.seek(8 * first)
+        entries = struct.unpack(f"<{last - first}Q", pages.read(8 * (last - first)))
+    return sum(entry >> 63 for entry in entries) * mmap.PAGESIZE
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Weights of more than one huge page each."""
@@ -119,6 +149,6 @@ def test_the_second_start_of_a_model_uses_it(folder: Path, tmp_path: Path, monke
 
 
 def test_llm_is_imported_without_torch() -> None:
-    code = "import sys; from autodeploy import LLM, SamplingParams; print({'torch', 'transformers'} & set(sys.modules))"
+    code = "import sys; from autodeploy import LLM, SamplingParams; print({'torch', 'transformers', 'rich'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

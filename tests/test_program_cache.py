@@ -114,7 +114,8 @@ with LLM(model, program_cache=cache, skip_tokenizer_init=not text) as llm:
     output = llm.generate(text or [5, 6, 7], SamplingParams(max_tokens=8, ignore_eos=True))
     tokens = list(output.outputs[0].token_ids)
     note = llm.compiled.timeline.notes["program cache"]
-modules = [name for name in sys.modules if name.startswith(("transformers", "sympy", "torch._dynamo", "autodeploy.capture"))]
+unwanted = ("transformers", "sympy", "torch._dynamo", "autodeploy.capture", "rich")
+modules = [name for name in sys.modules if name.startswith(unwanted)]
 print(json.dumps({"tokens": tokens, "note": note, "modules": modules, "seconds": time.process_time()}))
 """
 

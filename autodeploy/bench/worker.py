@@ -20,6 +20,8 @@ from autodeploy.errors import AutoDeployError
 WORKERS = Path(__file__).parent / "workers"
 GRACE = 10.0
 """Seconds a process has to end by itself."""
+COMPILED_ONCE = {"PYTHONDONTWRITEBYTECODE": ""}
+"""Python keeps the modules it compiles, as it does unless told otherwise: pip has not compiled what is installed editable."""
 PATIENCE = 1800.0
 """Seconds after which a process that has not answered is ended."""
 
@@ -42,7 +44,7 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=self._errors,
             text=True,
-            env={**os.environ, **_own_packages(python), **(environment or {})},
+            env={**os.environ, **COMPILED_ONCE, **_own_packages(python), **(environment or {})},
         )
 
     def __enter__(self) -> Self:

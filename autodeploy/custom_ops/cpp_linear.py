@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -39,18 +39,22 @@ class Panels:
         return self.data.nbytes
 
 
-def pack_panels(weight: Tensor, call: Mapping[str, Any] | None = None) -> Panels:
-    """weight [N, K] of bfloat16, K even; zeros where a panel is not full."""
-    return Panels(pack_words(weight.detach()), *weight.shape)
+def pack_panels(weight: Tensor | Sequence[Tensor], call: Mapping[str, Any] | None = None) -> Panels:
+    """weight [N, K] of bfloat16, K even, or the parts of its rows; zeros where a panel is not full."""
+    parts = [part.detach() for part in ([weight] if isinstance(weight, Tensor) else weight)]
+    return Panels(pack_words(*parts), sum(map(len, parts)), parts[0].shape[1])
 
 
-def pack_words(weight: Tensor) -> Tensor:
-    """weight [N, row], a row of whole words of 32 bits -> the same in panels, of its dtype."""
-    weight = weight.contiguous()
-    num_outputs, words = weight.shape[0], weight.shape[1] * weight.element_size() // 4
-    panels = huge_pages.empty([4 * -(-num_outputs // WIDTH) * WIDTH * words], torch.uint8)
-    _pack(weight.data_ptr(), panels.data_ptr(), num_outputs, words, torch.get_num_threads())
-    return panels.view(weight.dtype)
+def pack_words(*parts: Tensor) -> Tensor:
+    """Parts [N, row] of a weight's rows, a row of whole words of 32 bits -> the weight in panels, of their dtype."""
+    if any(len(part) % WIDTH for part in parts[:-1]):
+        parts = (torch.cat(parts),)
+    words = parts[0].shape[1] * parts[0].element_size() // 4
+    sizes = [4 * -(-len(part) // WIDTH) * WIDTH * words for part in parts]
+    panels = huge_pages.empty([sum(sizes)], torch.uint8)
+    for part, place in zip(map(Tensor.contiguous, parts), panels.split(sizes), strict=True):
+        _pack(part.data_ptr(), place.data_ptr(), len(part), words, torch.get_num_threads())
+    return panels.view(parts[0].dtype)
 
 
 def panel_linear(x: Tensor, weight: Panels, bias: Tensor | None = None) -> Tensor:
@@ -124,6 +128,6 @@ def against_expert_panels(target: Any, x: Tensor, gate_up: Tensor, down: Tensor,
     return against_panels(target, x, gate_up, None) or (["a row of a weight has an odd number of values"] if odd else [])
 
 
-linear_op.register(Provider("cpp", panel_linear, against_panels, {"weight": pack_panels}))
-embedding_op.register(Provider("cpp", panel_embedding, against_table, {"weight": pack_panels}))
+linear_op.register(Provider("cpp", panel_linear, against_panels, {"weight": pack_panels}, packs_parts=True))
+embedding_op.register(Provider("cpp", panel_embedding, against_table, {"weight": pack_panels}, packs_parts=True))
 moe.register(Provider("cpp", panel_moe, against_expert_panels, {"gate_up": pack_expert_panels, "down": pack_expert_panels}))

@@ -41,6 +41,8 @@ class Provider:
     against_format: Callable[[Format], list[str]] | None = None
     """The reasons against a format that is stored as numbers of few bits. A provider that has this packs `Integers`, where others
     pack tensors."""
+    packs_parts: bool = False
+    """Whether what it packs may also be the list of matrices whose rows, one after the other, are those of the parameter."""
     rounding: str = ""
     """What is rounded where, in words. Providers of an op that say the same may take each other's place where one is faster."""
     variants: tuple[Provider, ...] = ()

@@ -10,7 +10,6 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor, fx
-from torch.fx.node import map_aggregate
 
 from autodeploy import huge_pages
 from autodeploy.custom_ops import PROVIDED
@@ -26,7 +25,7 @@ from autodeploy.executor.request import Request
 from autodeploy.formats import Integers
 from autodeploy.program import Program
 from autodeploy.specs import BatchMetadata
-from autodeploy.weights import TensorSource, materialize
+from autodeploy.weights import Made, TensorSource, materialize
 
 
 class Runner(Protocol):
@@ -83,15 +82,13 @@ class ModelRunner:
         uses = parameter_uses(program)
         packed = {name for name, use in uses.items() if not use.dense}
         as_integers = {name for name, use in uses.items() if use.as_integers}
-        for name, tensor in materialize(program.weights, source, device, packed, as_integers):
+        in_parts = {name for name, use in uses.items() if use.in_parts}
+        for name, made in materialize(program.weights, source, device, packed, as_integers, in_parts):
+            shape, dtype = _kind(made)
             planned = program.parameter(name)
-            if isinstance(tensor, Integers):
-                assert tensor.numbers.shape == planned.shape, f"{name}: {program.weights[name]} gives {tensor.numbers.shape}"
-            else:
-                assert (tensor.shape, tensor.dtype) == (planned.shape, planned.dtype), (
-                    f"{name}: {program.weights[name]} gives {tensor.shape}"
-                )
-            uses[name].store(tensors, name, tensor)
+            is_right = shape == planned.shape and dtype in (planned.dtype, None)
+            assert is_right, f"{name}: {program.weights[name]} gives {dtype}{list(shape)}"
+            uses[name].store(tensors, name, made)
             on_parameter(name)
         release_freed_memory()
         self.source, self.weight_bytes = source, sum(map(bytes_of, tensors.values()))
@@ -131,7 +128,9 @@ class ModelRunner:
             self.graphs.clear()
 
     def _empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        return huge_pages.empty(shape, dtype) if self.device == "cpu" else torch.empty(shape, dtype=dtype, device=self.device)
+        if self.device == "cpu":
+            return huge_pages.empty(shape, dtype, grows=True)
+        return torch.empty(shape, dtype=dtype, device=self.device)
 
     @torch.inference_mode()
     def forward(self, batch: BatchMetadata, rows: list[WantedRows]) -> Tensor:
@@ -190,14 +189,24 @@ def _shapes(inputs: list[np.ndarray]) -> tuple[tuple[int, ...], ...]:
     return tuple(array.shape for array in inputs)
 
 
+def _kind(made: Made) -> tuple[Sequence[int], torch.dtype | None]:
+    """Shape and dtype of what was made of a recipe; None: it has still to be made dense."""
+    if isinstance(made, Integers):
+        return made.numbers.shape, None
+    if isinstance(made, Tensor):
+        return made.shape, made.dtype
+    return torch.Size([sum(map(len, made)), *made[0].shape[1:]]), made[0].dtype
+
+
 def _executable(program: Program, tensors: dict[str, Tensor], device: str) -> fx.GraphModule:
     """The program's graph over real tensors, on their device; the program keeps its own (traced on the CPU)."""
     graph = fx.Graph()
     graph.output(graph.graph_copy(program.graph.graph, {}))
     for node in graph.nodes:
-        node.args, node.kwargs = map_aggregate(
-            (node.args, node.kwargs), lambda value: torch.device(device) if isinstance(value, torch.device) else value
-        )
+        for index in [index for index, value in enumerate(node.args) if isinstance(value, torch.device)]:
+            node.update_arg(index, torch.device(device))
+        for name in [name for name, value in node.kwargs.items() if isinstance(value, torch.device)]:
+            node.update_kwarg(name, torch.device(device))
     read_packed(graph)
     return fx.GraphModule(dict[str, Any](tensors), graph)
 

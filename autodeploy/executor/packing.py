@@ -14,8 +14,8 @@ from torch import Tensor, fx
 
 from autodeploy.custom_ops import PROVIDED
 from autodeploy.custom_ops.op import call_arguments
-from autodeploy.formats import Integers
 from autodeploy.program import Program
+from autodeploy.weights import Made
 
 M_MMAP_THRESHOLD = -3
 """Of mallopt: the bytes from which on a block is the system's own."""
@@ -31,8 +31,10 @@ class ParameterUses:
     """Something reads it as it is."""
     as_integers: bool = False
     """Those that pack it want whole numbers and scales."""
+    in_parts: bool = True
+    """All that read it take a list of parts in its place."""
 
-    def store(self, tensors: dict[str, Any], name: str, tensor: Tensor | Integers) -> None:
+    def store(self, tensors: dict[str, Any], name: str, tensor: Made) -> None:
         """Put the parameter among the tensors of the executable graph in every form in which it is read."""
         for attribute, pack in self.packers.items():
             tensors[attribute] = pack(tensor)
@@ -47,7 +49,9 @@ def parameter_uses(program: Program) -> dict[str, ParameterUses]:
         for user in node.users if node.op == "get_attr" else ():
             use, packed = uses[str(node.target)], dict(_packed(user, node))
             use.packers |= packed
-            use.as_integers |= bool(packed) and PROVIDED[user.target][1].against_format is not None
+            provider = PROVIDED[user.target][1] if packed else None
+            use.as_integers |= provider is not None and provider.against_format is not None
+            use.in_parts &= provider is not None and provider.packs_parts
             if user.all_input_nodes.count(node) and not packed:
                 use.dense = True
     return dict(uses)

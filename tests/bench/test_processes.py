@@ -70,6 +70,17 @@ def test_a_worker_that_dies_is_an_error_with_its_last_words() -> None:
         worker.ask("load")
 
 
+def test_workers_find_modules_compiled_whatever_the_environment_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What is installed editable would else be compiled in each of their processes."""
+    seen, python = tmp_path / "seen", tmp_path / "python"
+    python.write_text(f"#!/bin/sh\nexec {sys.executable} -c 'import sys; print(sys.dont_write_bytecode)' > {seen}\n")
+    python.chmod(0o755)
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    with Worker("hf", python=str(python)) as worker, pytest.raises(WorkerError):
+        worker.ask("load")
+    assert seen.read_text() == "False\n"
+
+
 def test_a_worker_that_does_not_answer_is_ended(tmp_path: Path) -> None:
     python = tmp_path / "python"
     python.write_text("#!/bin/sh\nexec sleep 60\n")
@@ -125,7 +136,7 @@ def test_a_step_of_64_requests_that_are_waited_for_costs_hardly_more_than_that_o
     measure = runpy.run_path(str(WORKERS / "worker_scheduling.py"))["measure"]
     turns = [[measure(num_requests, 40, 60)["seconds"] for num_requests in (1, 64)] for _ in range(3)]  # others are at work too
     one, many = ({what: min(run[what] for run in runs) for what in runs[0]} for runs in zip(*turns, strict=True))
-    assert 0 < many["waited for"] < 2 * one["waited for"]
+    assert 0 < many["waited for"] < 3 * one["waited for"]
     assert many["waited for"] < many["streamed"]
 
 

@@ -53,6 +53,15 @@ def test_strided_rows_and_not_a_number() -> None:
 
 
 @needs_cpp_kernels
+@pytest.mark.parametrize("sizes", [(64, 128, 64), (64, 30), (30, 64, 1), (5,)])
+def test_parts_of_the_rows_give_the_panels_of_the_whole(sizes: tuple[int, ...]) -> None:
+    weight = torch.randn(sum(sizes), 96).bfloat16()
+    whole, parts = cpp_linear.pack_panels(weight), cpp_linear.pack_panels([part.contiguous() for part in weight.split(sizes)])
+    assert torch.equal(whole.data, parts.data)
+    assert (whole.num_outputs, whole.num_inputs) == (parts.num_outputs, parts.num_inputs) == weight.shape
+
+
+@needs_cpp_kernels
 def test_rows_of_a_table_in_panels() -> None:
     table, ids = torch.randn(130, 96).bfloat16(), torch.randint(0, 130, (1, 20))
     assert torch.equal(cpp_linear.panel_embedding(cpp_linear.pack_panels(table), ids), F.embedding(ids, table))

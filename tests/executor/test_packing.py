@@ -16,6 +16,7 @@ from autodeploy.custom_ops.linear import linear_op, pack_onednn, packed_linear
 from autodeploy.executor import model_runner
 from autodeploy.specs import Target
 from autodeploy.weights import materialize
+from tests.marks import needs_cpp_kernels
 from tests.models.families import make_model
 from tests.models.parity import check_logits
 
@@ -69,6 +70,29 @@ def test_what_is_packed_is_read_straight_from_the_file(folder: Path, monkeypatch
     assert len(packed) == 10 and {name for name, found in in_file.items() if found} >= packed
     assert not any(found for name, found in in_file.items() if "norm" in name)
     compiled.shutdown()
+
+
+@needs_cpp_kernels
+def test_parts_that_are_packed_are_read_straight_from_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing joins the weights of q, k and v, or of gate and up, before they are laid out in panels."""
+    make_model("qwen3", **WIDE).bfloat16().save_pretrained(tmp_path)
+    in_file: dict[str, list[bool]] = {}
+
+    def watched(*args: Any, **options: Any) -> Iterator[tuple[str, Any]]:
+        for name, made in materialize(*args, **options):
+            parts = made if isinstance(made, list) else [made]
+            in_file[name] = [is_mapped(part, tmp_path / "model.safetensors") for part in parts]
+            yield name, made
+
+    monkeypatch.setattr(model_runner, "materialize", watched)
+    joined = autodeploy.compile(tmp_path)
+    assert sorted(map(len, in_file.values()))[-4:] == [2, 2, 3, 3]
+    assert all(all(found) for found in in_file.values() if len(found) > 1)
+    tokens = joined.generate([5, 6, 7], SamplingParams(max_tokens=8, ignore_eos=True)).outputs[0].token_ids
+    joined.shutdown()
+    parts = autodeploy.compile(tmp_path, pipeline=lambda passes: passes.without("fuse_linears"))
+    assert parts.generate([5, 6, 7], SamplingParams(max_tokens=8, ignore_eos=True)).outputs[0].token_ids == tokens
+    parts.shutdown()
 
 
 def is_mapped(tensor: torch.Tensor, file: Path) -> bool:
