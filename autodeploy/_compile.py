@@ -18,6 +18,7 @@ from torch import Tensor
 
 from autodeploy.checkpoint import CheckpointSource
 from autodeploy.config import LLMArgs, SamplingParams
+from autodeploy.custom_ops.cpp import build_ahead
 from autodeploy.distributed.launch import (
     Launch,
     connect_under_torchrun,
@@ -129,6 +130,8 @@ def _lowered(args: LLMArgs, timeline: Timeline, *observers: Observer) -> Lowered
             note = f"not used: {place}"
         except Miss as error:
             note = f"miss: {error}"
+    if _device(args) == "cpu":
+        build_ahead()
     with timeline.phase("import transformers"):
         from autodeploy._lower import lower
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import threading
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from autodeploy.capture.skeleton import read_config
 from autodeploy.capture.twin import capture_twin
 from autodeploy.checkpoint import raw_config
 from autodeploy.config import LLMArgs
-from autodeploy.custom_ops.cpp import kernels
+from autodeploy.custom_ops.cpp import build_ahead
 from autodeploy.errors import ConfigError, UnsupportedModelError
 from autodeploy.executor.model_runner import EagerRunner
 from autodeploy.program import PassRecord, Program, Twin
@@ -39,7 +38,7 @@ def lower(
     meta: read nothing but config.json.
     """
     if target.device == "cpu":
-        threading.Thread(target=kernels, name="kernels", daemon=True).start()  # compilers run while the model is traced
+        build_ahead()
     if meta:
         origin = origin_of_config(Path(args.model), args.dtype)
     else:

@@ -17,7 +17,7 @@ from autodeploy.bench.measure import Task, measure
 from autodeploy.bench.results import EngineResult
 from autodeploy.bench.worker import Worker
 from autodeploy.bench.workload import Cell
-from autodeploy.executor.cores import available_cores
+from autodeploy.cores import available_cores
 
 SHAPE = "qwen3-0.6b"
 SMALL = {"hidden_size": 64, "intermediate_size": 192, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}

@@ -16,7 +16,7 @@ from autodeploy.bench.ceilings import Machine, ModelSize, decode_ceiling, e2e_ce
 from autodeploy.bench.metrics import RunTimes, latencies
 from autodeploy.bench.watch import QUIET
 from autodeploy.bench.workload import Cell
-from autodeploy.executor.cores import available_cores
+from autodeploy.cores import available_cores
 
 CEILINGS = {"decode": decode_ceiling, "e2e": e2e_ceiling, "prefill": prefill_ceiling}
 RATES: dict[str, Callable[[RunTimes, Cell], float | None]] = {

@@ -21,8 +21,8 @@ from autodeploy.bench.measure import Task
 from autodeploy.bench.peers import Engine
 from autodeploy.bench.worker import Worker
 from autodeploy.bench.workload import Cell
+from autodeploy.cores import available_cores
 from autodeploy.errors import ConfigError
-from autodeploy.executor.cores import available_cores
 
 WIDE = 160
 """Columns where nothing is as narrow as a terminal."""

@@ -17,6 +17,7 @@ import subprocess
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache, cached_property
 from itertools import accumulate
@@ -27,6 +28,7 @@ import numpy as np
 import torch
 
 from autodeploy.cache_folder import cache_folder
+from autodeploy.cores import available_cores
 
 SOURCES = Path(__file__).parent / "kernels"
 ISAS = {
@@ -196,6 +198,12 @@ def kernels() -> ctypes.CDLL | BuildError:
         return BuildError(f"the C++ kernels are not to be had: {error}")
 
 
+@cache
+def build_ahead() -> None:
+    """Have a thread build the kernels if they are not there, while other things are done; who needs them waits for it."""
+    threading.Thread(target=kernels, name="kernels", daemon=True).start()
+
+
 def _built() -> Path:
     """The library of these sources, compiler and instruction set; its name is their hash, and a second file holds its own."""
     compiler = _compiler()
@@ -222,26 +230,26 @@ def _compiler() -> str:
 
 
 def _build(compiler: str, flags: list[str], library: Path) -> None:
-    """Each source by a compiler of its own, all at once, then the linker."""
+    """Each source by a compiler of its own, one for each core, then the linker."""
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-        objects = [(path, Path(folder) / f"{path.stem}.o") for path in sorted(SOURCES.glob("*.cpp"))]
-        running = [
-            subprocess.Popen([compiler, *flags, "-c", str(path), "-o", str(into)], stderr=subprocess.PIPE, text=True)
-            for path, into in objects
-        ]
-        for process in running:
-            _check(process.communicate()[1], process.returncode)
+
+        def compiled(source: Path) -> str:
+            into = str(Path(folder) / f"{source.stem}.o")
+            _run_compiler(compiler, *flags, "-c", str(source), "-o", into)
+            return into
+
+        with ThreadPoolExecutor(available_cores()) as pool:
+            objects = list(pool.map(compiled, sorted(SOURCES.glob("*.cpp"))))
         new = Path(folder) / library.name
-        link = [compiler, *flags, "-shared", *(str(into) for _, into in objects), "-o", str(new)]
-        linked = subprocess.run(link, capture_output=True, text=True, check=False)
-        _check(linked.stderr, linked.returncode)
+        _run_compiler(compiler, *flags, "-shared", *objects, "-o", str(new))
         _checksum_of(library).write_text(hashlib.sha256(new.read_bytes()).hexdigest())
         new.replace(library)
 
 
-def _check(errors: str, status: int) -> None:
-    if status:
-        raise BuildError(f"the compiler failed: {errors.strip()[:2000]}")
+def _run_compiler(*command: str) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise BuildError(f"the compiler failed: {done.stderr.strip()[:2000]}")
 
 
 def _checksum_of(library: Path) -> Path:

@@ -11,6 +11,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from autodeploy.checkpoint import CheckpointSource
+from autodeploy.cores import available_cores
 from autodeploy.custom_ops import PROVIDED
 from autodeploy.custom_ops.attention_backend import backend_named
 from autodeploy.distributed.groups import join, leave, refuse_second_group
@@ -19,7 +20,6 @@ from autodeploy.distributed.messages import Allocate, Capture, Forward, Join, St
 from autodeploy.distributed.ranks import Ranks
 from autodeploy.errors import ConfigError, EngineDeadError
 from autodeploy.executor.batch import WantedRows
-from autodeploy.executor.cores import available_cores
 from autodeploy.executor.cuda_graphs import GraphOptions
 from autodeploy.executor.memory import free_memory
 from autodeploy.executor.model_runner import ModelRunner

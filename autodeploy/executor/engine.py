@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from autodeploy.cores import end_idle_threads
 from autodeploy.custom_ops import provider_at_work
 from autodeploy.errors import EngineDeadError, ExecutionError, RequestError
 from autodeploy.executor.batch import BatchBuilder, WantedRows
-from autodeploy.executor.cores import end_idle_threads
 from autodeploy.executor.cuda_graphs import CudaGraphRunner
 from autodeploy.executor.decode_run import DecodeRun
 from autodeploy.executor.model_runner import Runner

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, fx
 
 from autodeploy import huge_pages
+from autodeploy.cores import available_cores
 from autodeploy.custom_ops import PROVIDED
 from autodeploy.custom_ops.attention_backend import backend_named
 from autodeploy.executor.batch import WantedRows
-from autodeploy.executor.cores import available_cores
 from autodeploy.executor.cuda_graphs import CudaGraphRunner, GraphOptions
 from autodeploy.executor.graph_device import CudaDevice, GraphDevice
 from autodeploy.executor.packing import bytes_of, parameter_uses, read_packed, release_freed_memory

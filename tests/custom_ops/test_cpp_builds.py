@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import subprocess
+import threading
 
 import pytest
 
@@ -25,3 +26,15 @@ def test_floats_come_before_pairs_of_bfloat16_on_cpus_of_intel() -> None:
     assert cpp.isas_of(f"vendor_id : AuthenticAMD\n{flags}") == list(cpp.ISAS)
     assert cpp.isas_of(f"vendor_id : GenuineIntel\n{flags}")[:3] == ["avx512_vnni", "avx512_bf16", "avx512"]
     assert cpp.isas_of(f"vendor_id : GenuineIntel\n{flags.replace('avx512_bf16', '')}")[:2] == ["avx512_vnni", "avx512"]
+
+
+def test_they_are_built_ahead_once_and_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    builders: list[str] = []
+    monkeypatch.setattr(cpp, "kernels", lambda: builders.append(threading.current_thread().name))
+    cpp.build_ahead.cache_clear()
+    for _ in range(3):
+        cpp.build_ahead()
+    for thread in threading.enumerate():
+        if thread.name == "kernels":
+            thread.join()
+    assert builders == ["kernels"]

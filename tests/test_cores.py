@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import autodeploy
-from autodeploy.executor import cores
+from autodeploy import cores
 from tests.models.families import make_model
 
 

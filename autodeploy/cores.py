@@ -12,7 +12,7 @@ QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 def available_cores(quota: Path = QUOTA) -> int:
     """Cores this process may use: by its affinity, and by the quota of its control group."""
-    allowed = len(os.sched_getaffinity(0))
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     limit, period = quota.read_text().split() if quota.exists() else ("max", "1")
     return allowed if limit == "max" else max(1, min(allowed, int(limit) // int(period)))
 
