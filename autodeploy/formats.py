@@ -128,7 +128,7 @@ class Format:
     def integers(self, shape: tuple[int, ...], *tensors: Tensor) -> Integers:
         """The stored parts as whole numbers (or floats of 8 bits) and scales. Raises BrokenPartError."""
         part = self._checked(tensors)
-        if self.is_fp8:
+        if self.is_fp8 or (self.parts == ("codes", "scales") and self.layout == "plain" and part["codes"].dtype == torch.int8):
             return Integers(part["codes"].reshape(shape), self._by_group(as_scale(part["scales"]), shape), None)
         numbers = LAYOUTS[self.layout](part["codes"], self.bits, shape)
         if self.is_fp4:
