@@ -131,7 +131,7 @@ def _lowered(args: LLMArgs, timeline: Timeline, *observers: Observer) -> Lowered
         except Miss as error:
             note = f"miss: {error}"
     if _device(args) == "cpu":
-        build_ahead()
+        build_ahead()  # before transformers is imported, which takes seconds
     with timeline.phase("import transformers"):
         from autodeploy._lower import lower
 

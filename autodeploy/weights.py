@@ -119,13 +119,14 @@ def materialize(
     for name, recipe in plan.recipes.items():
         try:
             if name in as_integers:
-                yield name, integers(recipe, source.fetch).to(device)
+                made = integers(recipe, source.fetch).to(device)
             elif name in in_parts and isinstance(recipe, Cat) and recipe.dim == 0:
-                yield name, [_dense(part, source, True).to(device) for part in recipe.parts]
+                made = [_dense(part, source, True).to(device) for part in recipe.parts]
             else:
-                yield name, _dense(recipe, source, name in used_up).to(device)
+                made = _dense(recipe, source, name in used_up).to(device)
         except BrokenTensorError as error:
             raise CheckpointError(f"{source.where(error.tensor)}: {error}") from error
+        yield name, made
 
 
 def _dense(recipe: Recipe, source: TensorSource, is_used_up: bool) -> Tensor:

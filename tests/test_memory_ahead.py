@@ -87,7 +87,6 @@ def test_what_was_noted_last_of_a_model_is_known(tmp_path: Path) -> None:
     assert len(list(store.folder.glob("*/"))) == 1
 
 
-@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="the system has no huge pages")
 def test_what_grows_begins_in_small_pages() -> None:
     plain, growing = (huge_pages.empty([32 * MB], torch.uint8, grows=grows) for grows in (False, True))
     for tensor in (plain, growing):
