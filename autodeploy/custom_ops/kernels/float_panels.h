@@ -44,7 +44,7 @@ inline Vec half_of(const char* words, int half) {
 // Meanwhile a part of `next` is fetched, and of many groups each fetches the rows of the next one.
 template <int M, int GROUPS>
 inline void multiply_floats(const float* x, int64_t stride, const char* panel, int64_t words, float* sums, const char* next) {
-    constexpr int C = vectors_at_once(M), FETCHED = fetched_by(GROUPS);
+    constexpr int C = vectors_at_once(M), FETCHED = fetched_by(GROUPS) * C / LINE_VECTORS;
     constexpr bool IS_FLOAT = GROUPS == FLOAT_GROUPS;
     Vec total[M][C];
     EACH(int m = 0; m < M; m++)
@@ -71,8 +71,9 @@ template <int GROUPS, int M = ROWS>
 inline void multiply_floats(int64_t rows, const float* x, int64_t stride, const char* panel, int64_t words, float* sums, const char* next) {
     if (rows == M) {
         constexpr int C = vectors_at_once(M);
-        for (int c = 0; c < LINE_VECTORS; c += C, next = panel)  // is fetched once
-            multiply_floats<M, GROUPS>(x, stride, panel + c * LANES * 4, words, sums + c * LANES, next);
+        for (int c = 0; c < LINE_VECTORS; c += C)
+            multiply_floats<M, GROUPS>(x, stride, panel + c * LANES * 4, words, sums + c * LANES,
+                                       next + c * words * fetched_by(GROUPS) / LINE_VECTORS);
     } else if constexpr (M > 1) {
         multiply_floats<GROUPS, M - 1>(rows, x, stride, panel, words, sums, next);
     }
