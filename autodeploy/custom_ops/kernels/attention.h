@@ -113,7 +113,7 @@ struct Singles {
     using Operand = Vec;
     using Value = Vec;     // an operand that was interleaved
     static constexpr int TOGETHER = 1, WIDTH = LANES;  // stored numbers of a unit, of an operand
-    static constexpr int KEYS = LANES == 16 ? 96 : 64, HIGH = LANES == 16 ? 6 : 4;  // of a tile at a time, of them in registers
+    static constexpr int KEYS = LANES == 16 ? 96 : 64, HIGH = LANES >= 8 ? 6 : 4;  // of a tile at a time, of them in registers
 
     static Operand load(const Unit* from) { return ::load(from); }
     static Operand spread(Unit x) { return all(x); }

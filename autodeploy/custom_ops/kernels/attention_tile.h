@@ -22,9 +22,9 @@ struct Lines {
     }
 };
 
-// out [HIGH, COUNT vectors] = a times b, of units [k, STEP]. Those of a row of a are neighbours, and its rows a_step apart. Or, with
+// out [HIGH, COUNT vectors] = a times b, of units [k, PANEL]. Those of a row of a are neighbours, and its rows a_step apart. Or, with
 // factors, out = out * factors + a times b, and the rows of a are neighbours, and its units a_step apart.
-template <class M, int STEP, bool HAS_FACTORS, int HIGH, int COUNT>
+template <class M, bool HAS_FACTORS, int HIGH, int COUNT>
 inline void multiply(const typename M::Unit* a, int64_t a_step, const typename M::Unit* b, int64_t units, const float* factors, float* out,
                      int64_t out_step, Lines& lines) {
     Vec total[HIGH][COUNT];
@@ -35,7 +35,7 @@ inline void multiply(const typename M::Unit* a, int64_t a_step, const typename M
     const auto add = [&](int64_t k) __attribute__((always_inline)) {
         typename M::Operand x[COUNT];
 #pragma GCC unroll 4
-        for (int c = 0; c < COUNT; c++) x[c] = M::load(b + k * STEP + c * LANES);
+        for (int c = 0; c < COUNT; c++) x[c] = M::load(b + k * PANEL + c * LANES);
 #pragma GCC unroll 6
         for (int r = 0; r < HIGH; r++) {
             const auto one = M::spread(HAS_FACTORS ? a[r + k * a_step] : a[r * a_step + k]);
@@ -58,18 +58,19 @@ inline void multiply(const typename M::Unit* a, int64_t a_step, const typename M
 }
 
 // The same of as many columns as there are, at most WIDE vectors, rounded up to LANES.
-template <class M, int STEP, bool HAS_FACTORS, int HIGH>
+template <class M, bool HAS_FACTORS, int HIGH>
 inline void multiply(int64_t columns, const typename M::Unit* a, int64_t a_step, const typename M::Unit* b, int64_t units,
                      const float* factors, float* out, int64_t out_step, Lines& lines) {
     const int64_t count = std::min<int64_t>(WIDE, (columns + LANES - 1) / LANES);
-    if (count == 1) return multiply<M, STEP, HAS_FACTORS, HIGH, 1>(a, a_step, b, units, factors, out, out_step, lines);
-    if (count == 2) return multiply<M, STEP, HAS_FACTORS, HIGH, 2>(a, a_step, b, units, factors, out, out_step, lines);
-    if (count == 3) return multiply<M, STEP, HAS_FACTORS, HIGH, 3>(a, a_step, b, units, factors, out, out_step, lines);
-    multiply<M, STEP, HAS_FACTORS, HIGH, WIDE>(a, a_step, b, units, factors, out, out_step, lines);
+    if (count == 1) return multiply<M, HAS_FACTORS, HIGH, 1>(a, a_step, b, units, factors, out, out_step, lines);
+    if (count == 2) return multiply<M, HAS_FACTORS, HIGH, 2>(a, a_step, b, units, factors, out, out_step, lines);
+    if (count == 3) return multiply<M, HAS_FACTORS, HIGH, 3>(a, a_step, b, units, factors, out, out_step, lines);
+    multiply<M, HAS_FACTORS, HIGH, WIDE>(a, a_step, b, units, factors, out, out_step, lines);
 }
 
-// The same of any number of rows and columns; rows are rounded up, to LOW or to HIGH, but not over a multiple of both.
-template <class M, int STEP, bool HAS_FACTORS>
+// The same of any number of rows and columns, with b of units [columns / PANEL, k, PANEL]; rows are rounded up, to LOW or to HIGH, but not
+// over a multiple of both.
+template <class M, bool HAS_FACTORS>
 inline void multiply(int64_t rows, int64_t columns, const typename M::Unit* a, int64_t a_step, const typename M::Unit* b, int64_t units,
                      const float* factors, float* out, int64_t out_step, Lines& lines) {
     for (int64_t c = 0; c < columns; c += PANEL)
@@ -77,8 +78,8 @@ inline void multiply(int64_t rows, int64_t columns, const typename M::Unit* a, i
             high = rows - r > LOW ? M::HIGH : LOW;
             const auto* left = a + (HAS_FACTORS ? r : r * a_step);
             float* to = out + r * out_step + c;
-            if (high == LOW) multiply<M, STEP, HAS_FACTORS, LOW>(columns - c, left, a_step, b + c, units, factors + r, to, out_step, lines);
-            else multiply<M, STEP, HAS_FACTORS, M::HIGH>(columns - c, left, a_step, b + c, units, factors + r, to, out_step, lines);
+            if (high == LOW) multiply<M, HAS_FACTORS, LOW>(columns - c, left, a_step, b + c * units, units, factors + r, to, out_step, lines);
+            else multiply<M, HAS_FACTORS, M::HIGH>(columns - c, left, a_step, b + c * units, units, factors + r, to, out_step, lines);
         }
 }
 
@@ -86,7 +87,7 @@ inline void multiply(int64_t rows, int64_t columns, const typename M::Unit* a, i
 template <typename Unit>
 struct Rows {
     int64_t count;
-    Unit* q;                         // [depth, ROWS]
+    Unit* q;                         // [ROWS / PANEL, depth, PANEL]
     float* sums;                     // [ROWS, columns], of weights times values
     float *largest, *sum, *slopes;   // [ROWS]: score, sum of weights, of alibi
     int32_t *first_seen, *position;  // [ROWS]
@@ -205,7 +206,8 @@ class Tiles {
                 Vec x[LANES];
                 for (int r = 0; r < LANES; r++) x[r] = (Vec)call.template operand<M>(query[i + r], d * TOGETHER);
                 transpose(x);
-                for (int64_t u = 0; u < std::min<int64_t>(LANES, depth - d); u++) memcpy(rows.q + (d + u) * ROWS + i, x + u, sizeof *x);
+                Unit* to = rows.q + i / PANEL * PANEL * depth + i % PANEL;
+                for (int64_t u = 0; u < std::min<int64_t>(LANES, depth - d); u++) memcpy(to + (d + u) * PANEL, x + u, sizeof *x);
             }
     }
 
@@ -268,10 +270,10 @@ class Tiles {
     // The keys that were read last, or the first of them. Meanwhile what is needed next is fetched.
     void add_keys(const Rows<Unit>& rows, int64_t start, int64_t count, Lines& ahead) {
         const int64_t units = (count + TOGETHER - 1) / TOGETHER;
-        multiply<M, ROWS, false>(count, rows.count, keys, depth, rows.q, depth, factors, scores, ROWS, ahead);
+        multiply<M, false>(count, rows.count, keys, depth, rows.q, depth, factors, scores, ROWS, ahead);
         for (int64_t i = 0; i < rows.count; i += LANES) weigh(rows, i, start, count);
         for (int64_t c = 0; c < call.head_dim_v; c += PANEL)
-            multiply<M, PANEL, true>(rows.count, std::min<int64_t>(PANEL, call.head_dim_v - c), weights, ROWS,
+            multiply<M, true>(rows.count, std::min<int64_t>(PANEL, call.head_dim_v - c), weights, ROWS,
                                      values + c * (KEYS / TOGETHER), units, factors, rows.sums + c, columns, ahead);
     }
 
