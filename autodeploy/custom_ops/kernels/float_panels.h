@@ -8,6 +8,9 @@ constexpr int LINE_VECTORS = WIDTH / LANES;  // vectors of floats to a line of a
 constexpr int FLOAT_DEPTH = 32;              // words of a panel that are written down as floats at a time: 16 KB
 constexpr int FLOAT_PART = 2 * FLOAT_DEPTH;  // columns of x to such a part
 constexpr int FLOAT_GROUPS = 3;              // of rows, from which on that is worth it
+// With one row of x: panels that are read in turns, and words of a turn. Measured on Zen 3, which follows several streams of memory by itself,
+// and reads a quarter more that way than one stream whose lines are fetched by us.
+constexpr int STREAMS = LANES == 8 ? 4 : 1, TURN = 2;
 
 // x as floats. Of many rows a part of all lies together: what a part of a panel is multiplied by is then one stream, and few pages.
 struct FloatRows {
@@ -44,7 +47,7 @@ inline Vec half_of(const char* words, int half) {
 // Meanwhile a part of `next` is fetched, and of many groups each fetches the rows of the next one.
 template <int M, int GROUPS>
 inline void multiply_floats(const float* x, int64_t stride, const char* panel, int64_t words, float* sums, const char* next) {
-    constexpr int C = vectors_at_once(M), FETCHED = fetched_by(GROUPS) * C / LINE_VECTORS;
+    constexpr int C = vectors_at_once(M), FETCHED = M == 1 && STREAMS > 1 ? 0 : fetched_by(GROUPS) * C / LINE_VECTORS;
     constexpr bool IS_FLOAT = GROUPS == FLOAT_GROUPS;
     Vec total[M][C];
     EACH(int m = 0; m < M; m++)
@@ -106,4 +109,13 @@ inline void multiply_float_panel(const FloatRows& x, int64_t first, const char* 
             else multiply_floats<FLOAT_GROUPS>(count, here, x.row_step, (const char*)floats, part, into, next);
         }
     }
+}
+
+// sums [count][64] += a row of x times some panels, one behind the other.
+inline void multiply_row(const float* x, const char* panels, int64_t count, int64_t words, float* sums) {
+    for (int64_t word = 0; word < words; word += TURN)
+        for (int64_t panel = 0; panel < count; panel++) {
+            const char* from = panels + (panel * words + word) * LINE;
+            multiply_floats<1, 1>(x + 2 * word, 0, from, std::min<int64_t>(TURN, words - word), sums + panel * WIDTH, from);
+        }
 }

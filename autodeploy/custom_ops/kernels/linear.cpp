@@ -55,6 +55,21 @@ static void kernel_panel_rows(const int64_t* ids, const uint32_t* packed, uint32
 }
 KERNEL(panel_rows)
 
+#if !defined(__AVX512BF16__)
+
+// x [K] times a weight in panels, plus bias [N] -> out [N].
+static void by_streams(int64_t threads, const float* x, const bf16* packed, const bf16* bias, bf16* out, int64_t N, int64_t K) {
+    const int64_t panels = (N + WIDTH - 1) / WIDTH;
+    share_out(threads, (panels + STREAMS - 1) / STREAMS, [&](int64_t task) {
+        alignas(64) float sums[STREAMS * WIDTH] = {};
+        const int64_t first = task * STREAMS, last = std::min(first + STREAMS, panels);
+        multiply_row(x, (const char*)(packed + first * K * WIDTH), last - first, K / 2, sums);
+        for (int64_t panel = first; panel < last; panel++) write_out(sums + (panel - first) * WIDTH, bias, out, 1, N, panel);
+    });
+}
+
+#endif
+
 // x [M][K] times a weight in panels, plus bias [N] -> out [M][N]. wide is room for x as floats, with K rounded up to whole parts, where the
 // CPU multiplies nothing else.
 static void kernel_linear(const bf16* x, int64_t stride, float* wide, const bf16* packed, const bf16* bias, bf16* out, int64_t M,
@@ -67,6 +82,7 @@ static void kernel_linear(const bf16* x, int64_t stride, float* wide, const bf16
                 for (int64_t k = 0; k < K; k += FLOAT_PART)
                     widen_part(x + m * stride + k, std::min<int64_t>(FLOAT_PART, K - k), wide + floats.place(m, k));
         });
+        if (M == 1 && STREAMS > 1) return by_streams(threads, wide, packed, bias, out, N, K);
 #endif
         each_panel(threads, M, N, BLOCK, [&](int64_t panel, int64_t top, int64_t rows, int64_t blocks) {
             alignas(64) float sums[BLOCK * WIDTH];
