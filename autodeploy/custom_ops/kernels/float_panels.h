@@ -8,8 +8,8 @@ constexpr int LINE_VECTORS = WIDTH / LANES;  // vectors of floats to a line of a
 constexpr int FLOAT_DEPTH = 32;              // words of a panel that are written down as floats at a time: 16 KB
 constexpr int FLOAT_PART = 2 * FLOAT_DEPTH;  // columns of x to such a part
 constexpr int FLOAT_GROUPS = 3;              // of rows, from which on that is worth it
-// With one row of x: panels that are read in turns, and words of a turn. Measured on Zen 3, which follows several streams of memory by itself,
-// and reads a quarter more that way than one stream whose lines are fetched by us.
+// With one row of x: panels that are read in turns, and words of a turn. Zen 3 follows several streams by itself, and reads a quarter more of
+// memory that way than from one stream whose lines are fetched by us.
 constexpr int STREAMS = LANES == 8 ? 4 : 1, TURN = 2;
 
 // x as floats. Of many rows a part of all lies together: what a part of a panel is multiplied by is then one stream, and few pages.
