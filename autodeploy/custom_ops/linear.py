@@ -39,12 +39,18 @@ def pack_onednn(weight: Tensor, call: Mapping[str, Any] | None = None) -> Any:
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), None)
 
 
+def onednn_multiplies_bfloat16() -> bool:
+    """Whether oneDNN has bfloat16 on this CPU: it asks for AVX-512 or, of those with AVX2, for the newest."""
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def against_packing(target: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> list[str]:
     """The reasons against laying out a weight for oneDNN."""
     checks = {
         f"it runs on CPUs, not on {target.device}": target.device != "cpu",
         "this torch has no oneDNN": not torch.backends.mkldnn.is_available(),
         f"it has no {str(weight.dtype).removeprefix('torch.')}": weight.dtype not in PACKED_DTYPES or input.dtype != weight.dtype,
+        "it has no bfloat16 on this CPU": weight.dtype == torch.bfloat16 and not onednn_multiplies_bfloat16(),
         "the bias has another dtype": bias is not None and bias.dtype != weight.dtype,
         "the weight is too small to gain by it": weight.numel() < MIN_WEIGHT,
     }

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 
 import autodeploy
 from autodeploy import SamplingParams
-from autodeploy.custom_ops.linear import linear_op, pack_onednn, packed_linear
+from autodeploy.custom_ops import linear as linear_module
+from autodeploy.custom_ops.linear import against_packing, linear_op, onednn_multiplies_bfloat16, pack_onednn, packed_linear
 from autodeploy.executor import model_runner
 from autodeploy.specs import Target
 from autodeploy.weights import materialize
@@ -31,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, *([torch.bfloat16] if onednn_multiplies_bfloat16() else [])])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("rows", [0, 1, 7, 64])
 def test_a_packed_weight_gives_what_linear_gives(dtype: torch.dtype, bias: bool, rows: int) -> None:
@@ -40,6 +41,16 @@ def test_a_packed_weight_gives_what_linear_gives(dtype: torch.dtype, bias: bool,
     ours, expected = packed_linear(x, pack_onednn(weight), offset), F.linear(x, weight, offset)
     assert ours.shape == expected.shape and ours.dtype == dtype
     assert rows == 0 or float((ours - expected).abs().max() / expected.abs().max()) <= (1e-6 if dtype == torch.float32 else 2**-8)
+
+
+def test_bfloat16_is_packed_where_onednn_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight = torch.randn(1, 4, 512).bfloat16(), torch.randn(512, 512).bfloat16()
+    if not against_packing(Target(), x, weight, None):
+        assert packed_linear(x, pack_onednn(weight), None).shape == (1, 4, 512)
+    for has_it, reasons in ((True, []), (False, ["it has no bfloat16 on this CPU"])):
+        monkeypatch.setattr(linear_module, "onednn_multiplies_bfloat16", lambda has_it=has_it: has_it)
+        assert against_packing(Target(), x, weight, None) == reasons
+    assert against_packing(Target(), x.float(), weight.float(), None) == []
 
 
 def test_reasons_against_packing() -> None:
