@@ -4,7 +4,8 @@
 
 #include "attention.h"
 
-constexpr int AHEAD = LANES == 8 ? 8 : 32;        // tokens that are on their way from memory; measured on Zen 3 and on Emerald Rapids
+constexpr int AHEAD = 32;                                        // tokens that are on their way from memory, at most
+constexpr int64_t BYTES_AHEAD = LANES == 8 ? 1 << 15 : 1 << 30;  // and their bytes: few for the small caches of CPUs with AVX2
 constexpr int MAX_SLICE = LANES < 8 ? LANES : 8;  // query rows that share each read of a key
 
 // Lane i is the sum of x[i].
@@ -54,6 +55,7 @@ class DecodeRange {
     const int64_t first_head, num_heads;        // of the cache
     const int64_t slices, all;                  // of a head of the cache, of these heads
     const int64_t depth, columns, step;         // numbers of a row of q, of the sums; rows, in whole vectors
+    const int64_t token_bytes, num_ahead;       // of these heads; tokens on their way
     typename M::Stored* q;                      // [all, ROWS, depth]
     float* values;                              // [all, ROWS, columns]
     float *largest, *sum, *slopes;              // [step]: score, sum of weights, of alibi
@@ -74,7 +76,8 @@ class DecodeRange {
 
     DecodeRange(const Call<T, S>& call, int64_t first_head, int64_t num_heads, Scratch& scratch, int64_t range)
         : call(call), first_head(first_head), num_heads(num_heads), slices(num_slices(call)), all(num_heads * slices),
-          depth(round_up(call.head_dim_k, M::WIDTH)), columns(round_up(call.head_dim_v, M::WIDTH)), step(round_up(all * ROWS, LANES)) {
+          depth(round_up(call.head_dim_k, M::WIDTH)), columns(round_up(call.head_dim_v, M::WIDTH)), step(round_up(all * ROWS, LANES)),
+          token_bytes(num_heads * call.width * int64_t(sizeof(S))), num_ahead(std::clamp<int64_t>(BYTES_AHEAD / token_bytes, 1, AHEAD)) {
         q = scratch.take<typename M::Stored>(all * ROWS * depth);
         values = scratch.take<float>(all * ROWS * columns);
         for (float** numbers : {&largest, &sum, &slopes, &factors}) *numbers = scratch.take<float>(step);
@@ -87,7 +90,7 @@ class DecodeRange {
     void run(int64_t request, int64_t first, int64_t last, const Task* after) {
         const int64_t token = call.cu_seqlens_q[request], position = call.seq_lens[request] - 1;
         find_tokens(request, first, last, first_head, tokens);
-        const int64_t ahead_of = after ? std::min<int64_t>(AHEAD, after->last - after->first) : 0;
+        const int64_t ahead_of = after ? std::min(num_ahead, after->last - after->first) : 0;
         if (after) find_tokens(after->request, after->first, after->first + ahead_of, after->kv_head, tokens + (last - first));
         const S* const* const end = tokens + (last - first + ahead_of);
         read_queries(token);
@@ -95,11 +98,11 @@ class DecodeRange {
         std::fill_n(largest, step, -INFINITE);
         std::fill_n(sum, step, 0.0f);
         if (IS_SCALED<T, S>) std::fill_n(key_scales, BLOCK * step, 0.0f), std::fill_n(value_scales, BLOCK * step, 0.0f);
-        Ahead<S> ahead{std::min<const S* const*>(tokens + AHEAD, end), num_heads * call.width * int64_t(sizeof(S))};
+        Ahead<S> ahead{std::min<const S* const*>(tokens + num_ahead, end), token_bytes};
         for (int64_t start = first; start < last; start += BLOCK) {
             const S** block = tokens + (start - first);
             const int64_t count = std::min<int64_t>(BLOCK, last - start);
-            ahead.end = std::min<const S* const*>(block + count + AHEAD, end);
+            ahead.end = std::min<const S* const*>(block + count + num_ahead, end);
             add_block(block, count, start - position, ahead);
         }
         for (int64_t row = 0; row < all * ROWS; row++) M::in_order(values + row * columns, columns);
