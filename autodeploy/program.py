@@ -81,6 +81,8 @@ class Program:
     """Parameter or stored tensor that is not used as its format would have it -> how, and why; nothing depends on these."""
     twin: Twin | None = None
     """What the numbers were verified on, where that was not this program."""
+    derived: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+    """Calls, by their target and what they see of their arguments -> their values, as they were derived."""
 
     @property
     def level(self) -> Level:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
-from itertools import product
+from itertools import chain, product
 from typing import Any, NoReturn
 
 import torch
@@ -36,7 +36,10 @@ class Gate:
 @contextmanager
 def route_experts(model: Any, state: Any) -> Iterator[None]:
     """Every expert layer that dispatches through transformers' registry becomes one op inside."""
-    gates = {module: gate_of(module, path) for path, module in model.named_modules() if _is_registered(module)}
+    gates: dict[Any, Gate] = {}
+    for path, module in model.named_modules():
+        if _is_registered(module):
+            gates[module] = gate_of(module, path, gates.values())
     if not gates:
         yield
         return
@@ -65,14 +68,14 @@ def _experts_call(module: Any, gate: Gate, hidden: Tensor, top_k_index: Tensor, 
     return ops.moe(hidden, top_k_index, top_k_weights, *weights, *biases, module.is_transposed, *astuple(gate))
 
 
-def gate_of(module: Any, path: str = "") -> Gate:
-    """The gate of an expert layer, by running it on drawn numbers and comparing with every gate the op knows."""
+def gate_of(module: Any, path: str = "", likely: Iterable[Gate] = ()) -> Gate:
+    """The gate of an expert layer: run on drawn numbers, it is compared with every gate the op knows, likely ones first."""
     if getattr(module, "has_post_expert_norm", False):
         reason = "its experts have a norm of their own behind them"
         raise UnsupportedModelError(reason, module_path=path, source=where_defined(module))
     name = "_apply_gate" if module.has_gate else "act_fn"
     numbers = numbers_of(module, getattr(module, "act_fn", None))
-    return find_gate(getattr(module, name), numbers, gated=module.has_gate) or refuse_gate(module, name, path)
+    return find_gate(getattr(module, name), numbers, likely, gated=module.has_gate) or refuse_gate(module, name, path)
 
 
 def refuse_gate(module: nn.Module, name: str, path: str = "") -> NoReturn:
@@ -80,14 +83,15 @@ def refuse_gate(module: nn.Module, name: str, path: str = "") -> NoReturn:
     raise UnsupportedModelError(reason, module_path=path, source=where_defined(module))
 
 
-def find_gate(function: Any, numbers: list[float], *, gated: bool) -> Gate | None:
+def find_gate(function: Any, numbers: list[float], likely: Iterable[Gate] = (), *, gated: bool) -> Gate | None:
     """The first candidate that equals function [S, 2 * I] -> [S, I]; numbers: what its limits and factors may be."""
     data = _probe(numbers)
     try:
         wanted = function(data)
     except (RuntimeError, TypeError, ValueError, AttributeError):  # reads weights, or takes something else
         return None
-    return next((gate for gate in _candidates(numbers, gated) if _equal(gate_experts(data, *astuple(gate)), wanted)), None)
+    candidates = chain(dict.fromkeys(likely), _candidates(numbers, gated))
+    return next((gate for gate in candidates if _equal(gate_experts(data, *astuple(gate)), wanted)), None)
 
 
 def _probe(numbers: list[float]) -> Tensor:

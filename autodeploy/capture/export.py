@@ -20,6 +20,7 @@ from autodeploy.capture.masks import prove_masks
 from autodeploy.capture.match_attention import match_attention
 from autodeploy.capture.patches import CaptureState, applied, rope_thresholds, rotary_kinds
 from autodeploy.capture.registry import where_defined
+from autodeploy.capture.repeats import Repeats
 from autodeploy.errors import UnsupportedModelError
 from autodeploy.program import Program
 from autodeploy.recipes import Initial, Recipe, Take
@@ -62,7 +63,7 @@ def capture(skeleton: nn.Module, initial: Mapping[str, Tensor]) -> Captured:
 
     Raises UnsupportedModelError naming the module, the source line and the reason when the model cannot be captured exactly.
     """
-    state, initial = CaptureState(), dict(initial)
+    state, repeats, initial = CaptureState(), Repeats(), dict(initial)
     with applied(skeleton, state):
         for name, buffer in skeleton.named_buffers():
             if buffer.device.type != "meta":  # registered by a patch just now
@@ -70,8 +71,9 @@ def capture(skeleton: nn.Module, initial: Mapping[str, Tensor]) -> Captured:
         mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
         names = _make_fake(skeleton, mode)
         inputs = ["input_ids", "position_ids", *(["rope_len"] if any(rotary_kinds(skeleton)) else [])]
-        exported = _export(skeleton, state, inputs, mode)
-    program = _to_program(exported, inputs, names, skeleton, initial)
+        with repeats.watched(skeleton):
+            exported = _export(skeleton, state, inputs, mode)
+    program = _to_program(exported, repeats, inputs, names, skeleton, initial)
     match_attention(program, initial)
     prove_masks(program, state.masks, skeleton)
     program.rope_thresholds = rope_thresholds(skeleton)
@@ -129,12 +131,19 @@ def _blame(error: Exception, skeleton: nn.Module) -> str:
 
 
 def _to_program(
-    exported: ExportedProgram, inputs: list[str], names: dict[int, str], skeleton: nn.Module, initial: dict[str, Tensor]
+    exported: ExportedProgram,
+    repeats: Repeats,
+    inputs: list[str],
+    names: dict[int, str],
+    skeleton: nn.Module,
+    initial: dict[str, Tensor],
 ) -> Program:
     """Flat placeholders and one logits output; `get_attr` by the model's own names; constants become initial values."""
     module: Any = exported.module(check_guards=False)
+    repeats.write_out(module)
     if not functionalize(module.graph):
         module = exported.run_decompositions({}).module(check_guards=False)  # functional form; other ops stay what they are
+        repeats.write_out(module)
         _refuse_writes(module.graph)
     graph: fx.Graph = module.graph
     graph.set_codegen(CodeGen())
@@ -144,12 +153,9 @@ def _to_program(
     for node, name in zip([node for node in graph.nodes if node.op == "placeholder"], inputs, strict=True):
         node.target = node.name = name
     last_input = [node for node in graph.nodes if node.op == "placeholder"][-1]
-    for node in [node for node in graph.nodes if node.op == "get_attr"]:
+    for node in _by_first_use(graph):
         last_input.append(node)
         last_input = node
-        if not node.users:
-            graph.erase_node(node)
-            continue
         attribute = _resolve(module, str(node.target))
         name = names.get(id(attribute)) or f"constants.{str(node.target).replace('.', '_')}"
         if name.startswith("constants."):
@@ -163,6 +169,14 @@ def _to_program(
     program = Program(fx.GraphModule(tensors, graph), {name: INPUTS[name] for name in inputs}, {}, WeightPlan(recipes))
     program.check()
     return program
+
+
+def _by_first_use(graph: fx.Graph) -> list[fx.Node]:
+    """What reads a tensor of the model, in the order of the calls; without what no call needs, which is erased."""
+    for node in graph.find_nodes(op="get_attr"):
+        if not node.users:
+            graph.erase_node(node)
+    return list(dict.fromkeys(arg for node in graph.nodes for arg in node.all_input_nodes if arg.op == "get_attr"))
 
 
 def _refuse_writes(graph: fx.Graph) -> None:

@@ -61,21 +61,14 @@ def fake_mode(program: Program) -> FakeTensorMode:
     return next(iter(program.graph.graph.nodes)).meta["val"].fake_mode
 
 
-def derived_value(program: Program, node: fx.Node, known: dict[Any, Any] | None = None) -> Any:
-    """A call node's value, from its arguments' values.
-
-    known: the values of calls that came before, for passes that derive many: the calls of a layer are those of the next one, and
-    equal calls on values of the same kind are derived once.
-    """
-    call = None if known is None else (node.target, _seen(node.args), _seen(tuple(node.kwargs.items())))
-    if known is not None and call in known:
-        return known[call]
-    args, kwargs = fx.map_arg((node.args, node.kwargs), val)  # pyright: ignore
-    with fake_mode(program), enable_python_dispatcher(), torch.no_grad():  # some shape rules need it for symbolic sizes
-        value = symbolic(node.target)(*args, **kwargs)
-    if known is not None:
-        known[call] = value
-    return value
+def derived_value(program: Program, node: fx.Node) -> Any:
+    """A call node's value, from its arguments' values. The calls of a layer are those of the next one, and are derived once."""
+    call = node.target, _seen(node.args), _seen(tuple(node.kwargs.items()))
+    if call not in program.derived:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), val)  # pyright: ignore
+        with fake_mode(program), enable_python_dispatcher(), torch.no_grad():  # some shape rules need it for symbolic sizes
+            program.derived[call] = symbolic(node.target)(*args, **kwargs)
+    return program.derived[call]
 
 
 def _seen(argument: Any) -> Any:
@@ -98,9 +91,9 @@ def _expression(size: Any) -> Any:
     return size.node.expr if isinstance(size, torch.SymInt | torch.SymFloat | torch.SymBool) else size
 
 
-def evaluate_node(program: Program, node: fx.Node, known: dict[Any, Any] | None = None) -> None:
+def evaluate_node(program: Program, node: fx.Node) -> None:
     """Note a call node's value."""
-    node.meta["val"] = derived_value(program, node, known)
+    node.meta["val"] = derived_value(program, node)
 
 
 def insert_call(program: Program, before: fx.Node, target: Any, *args: Any, name: str | None = None, **kwargs: Any) -> fx.Node:
@@ -136,10 +129,10 @@ def pass_on_strides(program: Program, readers: list[fx.Node]) -> None:
             readers += node.users
 
 
-def derive_again(program: Program, node: fx.Node, known: dict[Any, Any] | None = None) -> None:
+def derive_again(program: Program, node: fx.Node) -> None:
     """Note a call node's value anew where its arguments may have other strides now: a view may have to copy then."""
     try:
-        evaluate_node(program, node, known)
+        evaluate_node(program, node)
     except (RuntimeError, ValueError):
         if node.target is not aten.view.default:
             raise

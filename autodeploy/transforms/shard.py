@@ -159,10 +159,9 @@ class _Rewrite:
         """Every value anew; `sizes` keeps the whole ones of what will be gathered."""
         gathered = self.plan.gathered
         self.sizes = {node.name: val(node).shape[gathered[node.name]] for node in nodes if node.name in gathered}
-        known = dict[Any, Any]()
         for node in self.program.graph.graph.nodes:
             if node.op == "call_function":
-                derive_again(self.program, node, known)
+                derive_again(self.program, node)
 
     def _insert(self, node: fx.Node, readers: list[fx.Node], op: Any, *args: Any) -> None:
         """A collective behind a value, for these readers of it."""

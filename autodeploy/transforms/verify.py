@@ -101,14 +101,13 @@ def _is_write(node: Any) -> bool:
 
 def _check_values(before: Snapshot, program: Program) -> None:
     """Derive anew the value of every call that is new or reads something of another kind than before; all must agree."""
-    known = dict[Any, Any]()
     records = {record.node: record for record in before.nodes}
     names = {size.node.expr: name for name, size in symbols(program).items()}
     for node in program.graph.graph.nodes:
         if node.op != "call_function" or _reads_the_same(node, records.get(node), records):
             continue
         try:
-            derived = derived_value(program, node, known)
+            derived = derived_value(program, node)
         except Exception as error:
             reason = f"{op_name(node.target)} cannot take its arguments: {str(error).splitlines()[0]}"
             raise VerificationError(reason, node.name) from error

@@ -12,6 +12,7 @@ from torch import nn
 from autodeploy import ConfigError, TransformError, default_pipeline
 from autodeploy import custom_ops as ops
 from autodeploy.custom_ops import symbolic
+from autodeploy.program import op_name
 from autodeploy.recipes import Cat, Take
 from autodeploy.specs import Target
 from autodeploy.transforms.cleanup import Cleanup
@@ -212,9 +213,9 @@ def test_windows_become_sliding_window_caches() -> None:
 def test_only_wanted_rows_reach_norm_head_and_softcap() -> None:
     program, _ = family_program("gemma2")
     apply(program, Cleanup(), MatchNorm(), InsertPagedAttention(), GatherLogits())
-    order = [node.name for node in program.graph.graph.nodes]
-    select = next(i for i, name in enumerate(order) if name.startswith("index_select"))
-    assert [name.rpartition("_default")[0] or name for name in order[select + 1 :]][:2] == ["rms_norm", "linear_28"]
+    order = [op_name(node.target) for node in program.graph.graph.nodes]
+    select = order.index("aten.index_select")
+    assert order[select + 1 : select + 3] == ["autodeploy.rms_norm", "aten.linear"]
     assert "logits_indices" in program.inputs
 
 

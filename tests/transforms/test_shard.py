@@ -80,7 +80,7 @@ def test_equal_layers_are_derived_once(monkeypatch: pytest.MonkeyPatch) -> None:
         (program, _), before = canonical("llama", num_hidden_layers=num_layers), len(derived)
         assert ShardModel().apply(program, Target(mesh=TWO))
         counts.append(len(derived) - before)
-    assert counts[1] - counts[0] == 2 * 2  # the sums that two more layers have
+    assert counts[1] == counts[0] > 0
 
 
 def test_each_rank_has_its_part_of_every_matrix_and_adds_up_twice_a_layer() -> None:
