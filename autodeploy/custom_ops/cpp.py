@@ -53,6 +53,8 @@ FLAGS = (
     "-Wno-maybe-uninitialized",  # the headers of GCC 12 make undefined vectors that way
 )
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g", "-O1")
+PARTS = ("attention_int8", "attention_float8")
+"""Sources that are libraries of their own, built when first asked for: few models need them, and compilers take long."""
 FORMATS = {"p": "q", "l": "q", "f": "f4x"}
 """Of arguments, eight bytes each."""
 
@@ -61,11 +63,11 @@ class BuildError(Exception):
     """The kernels cannot be had; the text says why."""
 
 
-def against_cpp(target: Any) -> list[str]:
+def against_cpp(target: Any, part: str = "") -> list[str]:
     """The reasons against own C++ kernels on this machine; the first question builds them."""
     if target.device != "cpu":
         return [f"it runs on CPUs, not on {target.device}"]
-    library = kernels()
+    library = kernels(part)
     return [str(library)] if isinstance(library, BuildError) else []
 
 
@@ -73,16 +75,17 @@ class Kernel:
     """A C function of the kernels, bound at its first call.
 
     signature: one letter an argument: p a pointer (of a tensor: `data_ptr()`; 0 is null), l an integer, f a float.
+    part: which of `PARTS` has it, if one does.
     """
 
-    def __init__(self, name: str, signature: str) -> None:
-        self.name = name
+    def __init__(self, name: str, signature: str, part: str = "") -> None:
+        self.name, self.part = name, part
         self.pack = struct.Struct("<" + "".join(FORMATS[letter] for letter in signature)).pack
         """The arguments as they lie in memory: one pointer to them costs less than to convert each."""
 
     @cached_property
     def function(self) -> Any:
-        library = kernels()
+        library = kernels(self.part)
         if isinstance(library, BuildError):
             raise library
         function = getattr(library, f"autodeploy_{self.name}")
@@ -188,12 +191,12 @@ def multiplies_bytes() -> bool:
 
 
 @cache
-def kernels() -> ctypes.CDLL | BuildError:
-    """The compiled kernels, or why there are none."""
+def kernels(part: str = "") -> ctypes.CDLL | BuildError:
+    """The compiled kernels, all but those of `PARTS` or those of one part, or why there are none."""
     if os.environ.get("AUTODEPLOY_NO_CPP", "0") not in ("", "0"):
         return BuildError("AUTODEPLOY_NO_CPP is set")
     try:
-        return ctypes.CDLL(str(_built()))
+        return ctypes.CDLL(str(_built(part)))
     except (BuildError, OSError) as error:
         return BuildError(f"the C++ kernels are not to be had: {error}")
 
@@ -204,7 +207,7 @@ def build_ahead() -> None:
     threading.Thread(target=kernels, name="kernels", daemon=True).start()
 
 
-def _built() -> Path:
+def _built(part: str) -> Path:
     """The library of these sources, compiler and instruction set; its name is their hash, and a second file holds its own."""
     compiler = _compiler()
     flags = compiler_flags(isa())
@@ -214,11 +217,13 @@ def _built() -> Path:
     for path in sorted(SOURCES.iterdir()):
         digest.update(path.read_bytes())
     folder = _owned(cache_folder() / "kernels")
-    library = folder / f"{digest.hexdigest()[:32]}.so"
+    library = folder / f"{'-'.join(filter(None, (digest.hexdigest()[:32], part)))}.so"
+    sources = [path for path in sorted(SOURCES.glob("*.cpp")) if (path.stem if path.stem in PARTS else "") == part]
+    others = [f"-L{folder}", f"-l:{_built('').name}", "-Wl,-rpath,$ORIGIN"] if part else []  # they have the team of threads
     if not _is_intact(library):
         with _locked(folder):
             if not _is_intact(library):  # nobody else has built it meanwhile
-                _build(compiler, flags, library)
+                _build([compiler, *flags], sources, others, library)
     return library
 
 
@@ -229,19 +234,19 @@ def _compiler() -> str:
     raise BuildError("no C++ compiler was found (g++, clang++, c++ or $CXX)")
 
 
-def _build(compiler: str, flags: list[str], library: Path) -> None:
+def _build(compiler: list[str], sources: list[Path], linked: list[str], library: Path) -> None:
     """Each source by a compiler of its own, one for each core, then the linker."""
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
 
         def compiled(source: Path) -> str:
             into = str(Path(folder) / f"{source.stem}.o")
-            _run_compiler(compiler, *flags, "-c", str(source), "-o", into)
+            _run_compiler(*compiler, "-c", str(source), "-o", into)
             return into
 
         with ThreadPoolExecutor(available_cores()) as pool:
-            objects = list(pool.map(compiled, sorted(SOURCES.glob("*.cpp"))))
+            objects = list(pool.map(compiled, sources))
         new = Path(folder) / library.name
-        _run_compiler(compiler, *flags, "-shared", *objects, "-o", str(new))
+        _run_compiler(*compiler, "-shared", *objects, *linked, "-o", str(new))
         _checksum_of(library).write_text(hashlib.sha256(new.read_bytes()).hexdigest())
         new.replace(library)
 

@@ -19,7 +19,12 @@ from autodeploy.custom_ops.op import Provider
 DTYPES = (torch.float32, torch.bfloat16)
 _append = Kernel("kv_append", "pppp" + "l" * 13)
 _rope_append = Kernel("rope_append", "p" * 10 + "l" * 14 + "fflll")
-_attend = Kernel("paged_attention", "pppppppp" + "l" * 18 + "ff")
+PARTS = {torch.int8: "attention_int8", torch.float8_e4m3fn: "attention_float8"}
+"""Libraries of their own."""
+_ATTEND = {
+    dtype: Kernel(f"paged_{PARTS.get(dtype, 'attention')}", "pppppppp" + "l" * 17 + "ff", PARTS.get(dtype, ""))
+    for dtype in (*DTYPES, *SCALED)
+}
 
 
 def cpp_kv_append(k: Tensor, v: Tensor | None, cache: Tensor, slot_mapping: Tensor) -> None:
@@ -60,7 +65,7 @@ def cpp_paged_attention(
     _, heads, tokens, head_dim_k = q.shape
     _, page_size, kv_heads, width = cache.shape
     out = q.new_empty(1, tokens, heads, head_dim_v)
-    _attend(
+    _ATTEND[cache.dtype](
         q.data_ptr(),
         cache.data_ptr(),
         page_table.data_ptr(),
@@ -70,7 +75,6 @@ def cpp_paged_attention(
         pointer(alibi),
         out.data_ptr(),
         q.element_size(),
-        _kind(cache),
         0 if sinks is None else sinks.element_size(),
         0 if alibi is None else alibi.element_size(),
         seq_lens.shape[0],
@@ -185,7 +189,7 @@ def against_attention(
         for name, tensor in (("sinks", sinks), ("alibi", alibi))
         if tensor is not None and (tensor.dtype not in DTYPES or not tensor.is_contiguous())
     ]
-    return [*_against_cache(cache, q), *integers, *numbers] or against_cpp(target)
+    return [*_against_cache(cache, q), *integers, *numbers] or against_cpp(target, PARTS.get(cache.dtype, ""))
 
 
 def _against_cache(cache: Tensor, x: Tensor, *beside: Tensor | None) -> list[str]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from autodeploy.custom_ops import cpp_attention, cpp_pointwise, kv_append, paged_attention, rope_append
 from autodeploy.custom_ops.attention import Visible, scaled_rows, unscaled
-from autodeploy.custom_ops.cpp import isas, kernels, record_kernels
+from autodeploy.custom_ops.cpp import KernelCalls, isas, kernels, record_kernels
 from autodeploy.specs import SCALE_BYTES, Target
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -222,6 +222,21 @@ def test_a_call_made_again_reads_the_lengths_and_pages_of_its_own_step() -> None
     for kernel, arguments in calls:
         kernel(*arguments)
     assert torch.equal(out, run(*other.arguments()))
+
+
+@pytest.mark.parametrize("kept", [torch.bfloat16, *BYTES], ids=str)
+def test_a_team_makes_the_calls_of_all_libraries(kept: torch.dtype) -> None:
+    torch.manual_seed(0)
+    step = Step(SHAPES["plain"], torch.bfloat16, Extras(), [(1, 600)] * 3)
+    sizes = (step.shape.head_dim_k, step.shape.head_dim_v)
+    if kept in BYTES:
+        step.cache = scaled_rows(list(step.cache.split(sizes, -1)), kept)
+    with record_kernels() as calls:
+        out, again = (run(*step.arguments()) for _ in range(2))
+    expected = out.clone()
+    out.zero_(), again.zero_()
+    KernelCalls(calls)()
+    assert torch.equal(out, expected) and torch.equal(again, expected)
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 200])

@@ -21,6 +21,18 @@ def test_the_sources_compile_for_other_instruction_sets(isa: str) -> None:
     assert found.returncode == 0, found.stderr[:2000]
 
 
+@needs_cpp_kernels
+@pytest.mark.parametrize("part", cpp.PARTS)
+def test_a_part_is_a_library_of_its_own_with_the_team_of_the_others(part: str) -> None:
+    symbol = f"autodeploy_paged_{part}"
+    whole, own = cpp.kernels(), cpp.kernels(part)
+    assert not isinstance(whole, cpp.BuildError) and not isinstance(own, cpp.BuildError)
+    assert hasattr(whole, "autodeploy_paged_attention") and not hasattr(whole, symbol)
+    assert hasattr(own, symbol)
+    listed = subprocess.run(["nm", "-D", "--undefined-only", own._name], capture_output=True, text=True, check=True).stdout
+    assert {"team", "me"} <= {line.split()[-1] for line in listed.splitlines()}
+
+
 def test_floats_come_before_pairs_of_bfloat16_on_cpus_of_intel() -> None:
     flags = "flags : " + " ".join({flag for needed in cpp.ISAS.values() for flag in needed})
     assert cpp.isas_of(f"vendor_id : AuthenticAMD\n{flags}") == list(cpp.ISAS)

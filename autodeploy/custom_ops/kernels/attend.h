@@ -1,7 +1,8 @@
 // The work of a call of paged attention. The keys of a request are cut into ranges that depend on the request alone, never on what
 // runs beside it or on how many threads there are. Each thread works on neighbours, as long as it has some of its own.
 //
-// `attend_*.cpp` have it compiled for the kinds of caches, one file each, so that compilers share the work.
+// `attention.cpp` and `attention_*.cpp` have it compiled for the kinds of caches; those of 8 bits are libraries of their own, which
+// are built when first asked for.
 #pragma once
 
 #include <optional>
@@ -171,4 +172,22 @@ void attend(const Call<T, S>& call, int64_t threads) {
         if (me == 0) own.prepare(call, threads);
         (team ? team->of_first(own) : own).work(call);
     });
+}
+
+// A kernel over a cache of F where the model has floats, of B where it has bfloat16. bytes: of a number of q and out; sinks and
+// alibi have their own.
+template <typename F, typename B>
+void attend_over(const void* q, const void* cache, const int64_t* page_table, const int32_t* cu_seqlens_q,
+                 const int32_t* seq_lens, const void* sinks, const void* alibi, void* out, int64_t bytes, int64_t sinks_bytes,
+                 int64_t alibi_bytes, int64_t requests, int64_t heads, int64_t kv_heads, int64_t head_dim_k, int64_t head_dim_v,
+                 int64_t width, int64_t page_size, int64_t q_head_stride, int64_t q_token_stride, int64_t q_dim_stride,
+                 int64_t page_table_stride, int64_t window, int64_t chunk, int64_t threads, float scale, float softcap) {
+    const auto run = [&]<typename T, typename S>(T, S) {
+        attend(Call<T, S>{static_cast<const T*>(q), static_cast<const S*>(cache), page_table, cu_seqlens_q, seq_lens,
+                       {sinks, sinks_bytes}, {alibi, alibi_bytes}, static_cast<T*>(out), requests, heads, kv_heads, head_dim_k,
+                       head_dim_v, width, page_size, q_head_stride, q_token_stride, q_dim_stride, page_table_stride, window,
+                       chunk, scale, softcap},
+               threads);
+    };
+    bytes == 4 ? run(float{}, F{}) : run(bf16{}, B{});
 }

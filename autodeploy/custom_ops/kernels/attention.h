@@ -361,7 +361,3 @@ inline void finish(const Call<T, S>& call, int64_t token, int64_t head, Partial 
     for (; d + LANES <= call.head_dim_v; d += LANES) store(out + d, load(row.values + d) * factor);
     for (; d < call.head_dim_v; d++) store_one(out + d, row.values[d] * factor);
 }
-
-// The whole of a call: `attend.h`.
-template <typename T, typename S>
-void attend(const Call<T, S>& call, int64_t threads);

@@ -2,6 +2,9 @@
 // between.
 #include "common.h"
 
+constinit thread_local Team* team = nullptr;
+constinit thread_local int me = 0;
+
 struct Recorded {
     void (*function)(const Word*);
     const Word* words;

@@ -26,9 +26,10 @@ struct alignas(64) Share {
     }
 };
 
+// Defined in step.cpp: all libraries of kernels have the same.
 class Team;
-inline thread_local Team* team = nullptr;  // that this thread is in
-inline thread_local int me = 0;            // its number there
+extern constinit thread_local Team* team;  // that this thread is in
+extern constinit thread_local int me;      // its number there
 
 // Threads that make the same calls at the same time, and meet wherever one needs what another has done.
 class Team {
