@@ -25,9 +25,11 @@ from torch import Tensor, fx, nn
 from torch.fx.node import has_side_effect
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from autodeploy.capture.mask_tags import MaskTag
 from autodeploy.custom_ops.op import LIBRARY
 
 SCALARS = (bool, int, float, str, type(None), torch.dtype)
+PLAIN = (Tensor, *SCALARS)
 Place = tuple[str, str]
 """A module's path within its layer, and the name of one of its attributes."""
 DEEPEST = 8
@@ -166,7 +168,8 @@ class Repeats:
         held, (after, given) = self._hold(first.layer), _given(args, kwargs)
         storages, others = ([tensor.untyped_storage()._cdata for tensor in found] for found in (first.made, tensors))
         first.is_repeatable = (
-            all(isinstance(leaf, (Tensor, *SCALARS)) for leaf in first.leaves)
+            all(isinstance(leaf, PLAIN) for leaf in first.leaves)
+            and all(isinstance(leaf, (*PLAIN, MaskTag)) for leaf in leaves)
             and len({*storages} - {*others}) == len(storages)
             and [*map(id, after)] == [*map(id, leaves)]
             and [tensor._version for tensor in tensors] == versions
@@ -324,7 +327,8 @@ def _copy(body: list[fx.Node], start: fx.Node, end: fx.Node, node: fx.Node, para
                     for key, (path, kind) in each.meta["nn_module_stack"].items()
                 }
     for item in list(node.users):
-        item.replace_all_uses_with(values[end.args[0][item.args[1]]])  # pyright: ignore
+        made: fx.Node = end.args[0][item.args[1]]  # pyright: ignore
+        item.replace_all_uses_with(values.get(made, made))
         node.graph.erase_node(item)
 
 

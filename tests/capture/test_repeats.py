@@ -142,6 +142,26 @@ class KeepsInADict(Layer):
         return x + sum(kept.values())
 
 
+class Keeper:
+    """An object that nothing is known of."""
+
+    def __init__(self) -> None:
+        self.kept: list[Tensor] = []
+
+
+class TellsAKeeper(Layer):
+    def body(self, x: Tensor, keeper: Keeper) -> Tensor:
+        keeper.kept.append(self.inner(x))
+        return x + sum(keeper.kept)
+
+
+class ReturnsWhatIsOutside(Layer):
+    outside = Keeper()
+
+    def body(self, x: Tensor) -> Any:
+        return x + self.inner(x), self.outside.kept[0]
+
+
 def one_after_another(toy: Toy, x: Tensor, positions: Tensor) -> Tensor:
     for layer in toy.extra["layers"]:  # pyright: ignore
         x = layer(x)
@@ -169,6 +189,18 @@ def with_more(toy: Toy, x: Tensor, positions: Tensor) -> Tensor:
     for layer in toy.extra["layers"]:  # pyright: ignore
         x = layer(x, more)
     return x
+
+
+def with_a_keeper(toy: Toy, x: Tensor, positions: Tensor) -> Tensor:
+    keeper = Keeper()
+    for layer in toy.extra["layers"]:  # pyright: ignore
+        x = layer(x, keeper)
+    return x
+
+
+def with_one_outside(toy: Toy, x: Tensor, positions: Tensor) -> Tensor:
+    ReturnsWhatIsOutside.outside.kept = [x * 2]
+    return one_after_another(toy, x, positions)
 
 
 def one_twice(toy: Toy, x: Tensor, positions: Tensor) -> Tensor:
@@ -202,6 +234,8 @@ CASES = {
     "returns an argument": (ReturnsMore, one_after_another, [0, 1, 2, 3]),
     "returns what is no tensor": (ReturnsNone, one_after_another, [0]),
     "returns two names of one tensor": (ReturnsAView, one_after_another, [0, 1, 2, 3]),
+    "changes an object it is given": (TellsAKeeper, with_a_keeper, [0, 1, 2, 3]),
+    "returns what is outside": (ReturnsWhatIsOutside, with_one_outside, [0]),
     "is given what it does not need": (IsGivenMore, with_more, [0]),
     "writes into what it made": (WritesInAPlaceOfItsOwn, one_after_another, [0]),
     "the same layer again": (Layer, one_twice, [0]),
