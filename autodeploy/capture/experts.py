@@ -36,10 +36,7 @@ class Gate:
 @contextmanager
 def route_experts(model: Any, state: Any) -> Iterator[None]:
     """Every expert layer that dispatches through transformers' registry becomes one op inside."""
-    gates: dict[Any, Gate] = {}
-    for path, module in model.named_modules():
-        if _is_registered(module):
-            gates[module] = gate_of(module, path, gates.values())
+    gates = _gates(model)
     if not gates:
         yield
         return
@@ -53,6 +50,15 @@ def route_experts(model: Any, state: Any) -> Iterator[None]:
             if module.config._experts_implementation != IMPLEMENTATION:
                 raise UnsupportedModelError("its experts cannot be replaced by an op", source=where_defined(module))
         yield
+
+
+def _gates(model: nn.Module) -> dict[Any, Gate]:
+    """Of every expert layer that dispatches through the registry."""
+    gates: dict[Any, Gate] = {}
+    for path, module in model.named_modules():
+        if _is_registered(module):
+            gates[module] = gate_of(module, path, gates.values())
+    return gates
 
 
 def _is_registered(module: nn.Module) -> bool:
