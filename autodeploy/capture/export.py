@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import operator
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -156,7 +157,7 @@ def _to_program(
     for node in _by_first_use(graph):
         last_input.append(node)
         last_input = node
-        attribute = _resolve(module, str(node.target))
+        attribute = operator.attrgetter(str(node.target))(module)
         name = names.get(id(attribute)) or f"constants.{str(node.target).replace('.', '_')}"
         if name.startswith("constants."):
             initial[name] = attribute.detach()
@@ -199,9 +200,3 @@ def _drop_assertions(graph: fx.Graph) -> None:
         for node in graph.find_nodes(op="call_function", target=target):
             graph.erase_node(node)
             erase_unused(*node.all_input_nodes)
-
-
-def _resolve(module: Any, target: str) -> Any:
-    for part in target.split("."):
-        module = getattr(module, part)
-    return module

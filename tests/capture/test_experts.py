@@ -25,6 +25,7 @@ from autodeploy import Program, Target, Transform, UnsupportedModelError, ops
 from autodeploy.capture.experts import Gate, gate_of
 from autodeploy.capture.export import capture
 from autodeploy.capture.skeleton import skeleton_of
+from autodeploy.custom_ops.moe import gate_experts
 from autodeploy.transforms.prove_packing import ProvePacking
 from autodeploy.transforms.rewrite import calls
 from tests.models.families import COMMON, make_model
@@ -147,3 +148,17 @@ def test_the_user_s_model_is_not_touched(name: str) -> None:
     assert [module.forward for module in model.modules()] == before
     assert model.config._experts_implementation == implementation
     assert "autodeploy" not in ExpertsInterface._global_mapping
+
+
+def test_layers_that_gate_alike_are_compared_with_one_gate(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[Any] = []
+    monkeypatch.setattr("autodeploy.capture.experts.gate_experts", lambda *args: tried.append(args) or gate_experts(*args))
+    counts = []
+    for num_layers in (1, 3):
+        model, before = (
+            make_model("gpt_oss", num_hidden_layers=num_layers, layer_types=["full_attention"] * num_layers),
+            len(tried),
+        )
+        capture(skeleton_of(model), dict(model.named_buffers()))
+        counts.append(len(tried) - before)
+    assert counts[1] - counts[0] == 2 < counts[0]
