@@ -66,7 +66,10 @@ class Sampler:
 
     def largest(self, logits: Tensor) -> np.ndarray | None:
         """The token of the largest logit of each row, as for requests that want no more; None when one is not finite."""
-        return tokens_of(self.greedy(logits).cpu().numpy())
+        if logits.device.type != "cpu":
+            return tokens_of(self.greedy(logits).cpu().numpy())
+        largest, tokens = largest_of_rows(logits[:, : self.vocab_size])
+        return tokens.numpy() if np.isfinite(largest.float().numpy()).all() else None
 
     def forget(self, request: Request) -> None:
         """Drop what is remembered of a request that has ended; no harm when there is nothing."""

@@ -36,7 +36,7 @@ class Plan {
         const int64_t tiles = int64_t(tasks.size());
         for (int64_t i = 0; i < call.requests; i++)
             if (call.new_tokens(i) == 1) add_token(call, i);
-        if (tiles == 0) split_heads(2 * threads);
+        if (tiles == 0) split_heads(threads);
     }
 
   private:
@@ -55,7 +55,8 @@ class Plan {
                 tasks.push_back({request, head, 1, row, std::min(size, rows - row), 0, call.seq_lens[request], -1});
     }
 
-    // Halves the heads of tasks until there are so many tasks: heads know nothing of each other.
+    // Halves the heads of tasks until there are so many tasks: heads know nothing of each other. More than one to a thread would take
+    // turns to read the same tokens, in smaller pieces.
     void split_heads(int64_t enough) {
         while (!tasks.empty() && int64_t(tasks.size()) < enough && tasks[0].num_heads > 1) {
             const int64_t count = int64_t(tasks.size());
