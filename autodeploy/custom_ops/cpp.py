@@ -186,8 +186,14 @@ def multiplies_bfloat16() -> bool:
 
 @cache
 def multiplies_bytes() -> bool:
-    """Whether the kernels multiply whole numbers of 8 bits."""
-    return "avx512_vnni" in ISAS[isa()]
+    """Whether the kernels multiply whole numbers of 8 bits: AVX-512 without an instruction for it has none."""
+    return isa() == "avx2" or "avx512_vnni" in ISAS[isa()]
+
+
+@cache
+def widens_bytes() -> bool:
+    """Whether they make 16 bits of them first."""
+    return isa() == "avx2"
 
 
 @cache

@@ -36,7 +36,7 @@ class BytePanels:
     scales: Tensor
     """float32, one for each output; zeros behind the last one."""
     corrections: Tensor
-    """int32, the same: what 128 too much in each input would make too much."""
+    """int32, the same: what is too large in the sums where inputs are multiplied as bytes without a sign."""
     num_outputs: int
     num_inputs: int
 
@@ -105,7 +105,8 @@ def linear_w8a16(x: Tensor, weight: BytePanels, bias: Tensor | None = None) -> T
 def _linear_bytes(kernel: cpp.Kernel, num_bytes: int, x: Tensor, weight: BytePanels, bias: Tensor | None) -> Tensor:
     x, rows, num_inputs = x.contiguous(), x.numel() // weight.num_inputs, weight.num_inputs
     out = x.new_empty((*x.shape[:-1], weight.num_outputs))
-    codes, scales = x.new_empty(num_bytes * x.numel(), dtype=torch.uint8), x.new_empty(rows, dtype=torch.float32)
+    num_codes, code = (1, torch.int16) if cpp.widens_bytes() else (num_bytes, torch.uint8)
+    codes, scales = x.new_empty(num_codes * x.numel(), dtype=code), x.new_empty(rows, dtype=torch.float32)
     pointers = (x, codes, scales, weight.data, weight.scales, weight.corrections, bias, out)
     kernel(*map(cpp.pointer, pointers), rows, weight.num_outputs, num_inputs, torch.get_num_threads())
     return out
@@ -175,7 +176,7 @@ def _against_experts(against: Callable[[Format], list[str]], form: Format) -> li
 def _against_bytes(target: Any, *tensors: Tensor | None) -> list[str]:
     """The reasons against kernels that multiply bytes."""
     reasons = against_bfloat16(target, *tensors)
-    return reasons or ([] if cpp.multiplies_bytes() else ["this CPU has no dot product of bytes"])
+    return reasons or ([] if cpp.multiplies_bytes() else ["this CPU has neither AVX-512 VNNI nor AVX2 alone"])
 
 
 def _against_linear(multiple: int, target: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> list[str]:

@@ -62,6 +62,20 @@ KINDS: dict[str, tuple[Format, Callable[..., Any], Callable[..., Tensor], int]] 
 
 
 @needs_byte_kernels
+@pytest.mark.parametrize("kind", ["w8a8", "w8a16", "w4a8"])
+@pytest.mark.parametrize("rows", [1, 2, 7])
+@pytest.mark.parametrize("num_inputs", [1024, 1 << 16])
+def test_the_largest_sums_fit(kind: str, rows: int, num_inputs: int) -> None:
+    form, pack, linear, _ = KINDS[kind]
+    least = -(1 << form.bits - 1)
+    groups = num_inputs // (form.block[1] or num_inputs)
+    weight = Integers(torch.full((64, num_inputs), least, dtype=torch.int8), torch.ones(64, groups), None)
+    for number in (1.0, -1.0):
+        ours = linear(torch.full((1, rows, num_inputs), number).bfloat16(), pack(weight))
+        assert torch.equal(ours, torch.full((1, rows, 64), number * least * num_inputs).bfloat16())
+
+
+@needs_byte_kernels
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rows", [0, 1, 2, 3, 4, 5, 6, 7, 12, 33, 200])
 @pytest.mark.parametrize(("num_outputs", "num_inputs"), SIZES)

@@ -4,13 +4,9 @@
 
 #include "panels.h"
 
-constexpr int LINE_VECTORS = WIDTH / LANES;  // vectors of floats to a line of a panel
 constexpr int FLOAT_DEPTH = 32;              // words of a panel that are written down as floats at a time: 16 KB
 constexpr int FLOAT_PART = 2 * FLOAT_DEPTH;  // columns of x to such a part
 constexpr int FLOAT_GROUPS = 3;              // of rows, from which on that is worth it
-// With one row of x: panels that are read in turns, and words of a turn. Zen 3 follows several streams by itself, and reads a quarter more of
-// memory that way than from one stream whose lines are fetched by us.
-constexpr int STREAMS = LANES == 8 ? 4 : 1, TURN = 2;
 
 // x as floats. Of many rows a part of all lies together: what a part of a panel is multiplied by is then one stream, and few pages.
 struct FloatRows {
@@ -24,16 +20,6 @@ inline FloatRows float_rows(const float* data, int64_t M, int64_t K) {
     if (M <= ROWS) return {data, K, FLOAT_PART};
     return {data, FLOAT_PART, M * FLOAT_PART};
 }
-
-// How many vectors of a line have their sums in registers at once, for so many rows.
-constexpr int vectors_at_once(int rows) {
-    int vectors = LINE_VECTORS;
-    while (vectors * rows > SUMS) vectors /= 2;
-    return vectors;
-}
-
-// Bytes of what comes next that a group of rows fetches for each line of a panel.
-constexpr int fetched_by(int groups) { return groups == 1 ? LINE : groups == 2 ? LINE / 2 : LINE / 4; }
 
 // The even columns of a vector of words, or the odd ones.
 inline Vec half_of(const char* words, int half) {

@@ -59,10 +59,8 @@ KERNEL(panel_rows)
 
 // x [K] times a weight in panels, plus bias [N] -> out [N].
 static void by_streams(int64_t threads, const float* x, const bf16* packed, const bf16* bias, bf16* out, int64_t N, int64_t K) {
-    const int64_t panels = (N + WIDTH - 1) / WIDTH, at_once = std::clamp<int64_t>(panels / threads, 1, STREAMS);
-    share_out(threads, (panels + at_once - 1) / at_once, [&](int64_t task) {
+    each_stream(threads, N, [&](int64_t first, int64_t last) {
         alignas(64) float sums[STREAMS * WIDTH] = {};
-        const int64_t first = task * at_once, last = std::min(first + at_once, panels);
         multiply_row(x, (const char*)(packed + first * K * WIDTH), last - first, K / 2, sums);
         for (int64_t panel = first; panel < last; panel++) write_out(sums + (panel - first) * WIDTH, bias, out, 1, N, panel);
     });

@@ -17,6 +17,20 @@ constexpr int NEAR = 64;          // words after which the next rows get their t
 constexpr int FAR = 512;          // the same where there are several blocks: 128 KB
 constexpr int LINE = WIDTH * 4;   // bytes of a panel to a word of x
 constexpr int AHEAD = 64 * LINE;  // bytes from what is read to what is fetched into the second cache
+constexpr int LINE_VECTORS = WIDTH / LANES;
+// With one row of x: panels that are read in turns, and words of a turn. Zen 3 follows several streams by itself, and reads a quarter more of
+// memory that way than from one stream whose lines are fetched by us.
+constexpr int STREAMS = LANES == 8 ? 4 : 1, TURN = 2;
+
+// How many vectors of a line have their sums in registers at once, for so many rows.
+constexpr int vectors_at_once(int rows) {
+    int vectors = LINE_VECTORS;
+    while (vectors * rows > SUMS) vectors /= 2;
+    return vectors;
+}
+
+// Bytes of what comes next that a group of rows fetches for each line of a panel.
+constexpr int fetched_by(int groups) { return groups == 1 ? LINE : groups == 2 ? LINE / 2 : LINE / 4; }
 
 // A loop that must be unrolled, for what it counts to lie in registers.
 #define EACH(...) _Pragma("GCC unroll 16") for (__VA_ARGS__)
@@ -35,21 +49,6 @@ struct BfloatDot {
 
 #if defined(__AVX512VNNI__)
 
-// x without a sign, w with one.
-struct ByteDot {
-    using Sum = int32_t;
-    using Sums = __m512i;
-    static __m512i get(const int32_t* from) { return _mm512_loadu_si512(from); }
-    static void put(int32_t* to, __m512i sums) { _mm512_storeu_si512(to, sums); }
-    static __m512i add(__m512i sums, __m512i x, __m512i w) { return _mm512_dpbusd_epi32(sums, x, w); }
-};
-
-inline __m512i spread_word(const char* from) {
-    int32_t word;
-    memcpy(&word, from, 4);
-    return _mm512_set1_epi32(word);
-}
-
 // sums [M][64] += x [M][words] times a panel's part. Half a line of `next` is fetched for each line that is read.
 template <typename Dot, int M>
 inline void multiply(const char* x, int64_t stride, const char* panel, int64_t words, typename Dot::Sum* sums, const char* next) {
@@ -61,8 +60,9 @@ inline void multiply(const char* x, int64_t stride, const char* panel, int64_t w
         EACH(int c = 0; c < 4; c++) w[c] = _mm512_loadu_si512(panel + c * 64);
         EACH(int c = 0; c < 2; c++) _mm_prefetch(next + c * 64, _MM_HINT_T1);
         EACH(int m = 0; m < M; m++) {
-            const __m512i one = spread_word(x + m * stride + 4 * word);
-            EACH(int c = 0; c < 4; c++) total[m][c] = Dot::add(total[m][c], one, w[c]);
+            int32_t one;
+            memcpy(&one, x + m * stride + 4 * word, 4);
+            EACH(int c = 0; c < 4; c++) total[m][c] = Dot::add(total[m][c], _mm512_set1_epi32(one), w[c]);
         }
     }
     EACH(int m = 0; m < M; m++)
@@ -111,6 +111,14 @@ inline void each_panel(int64_t threads, int64_t M, int64_t N, int64_t most, Body
         const int64_t panel = task % panels, block = task / panels, top = groups * block / blocks * ROWS;
         body(panel, top, std::min(M, groups * (block + 1) / blocks * ROWS) - top, blocks);
     });
+}
+
+// Calls body(first, last) for some panels at a time, which are read in turns.
+template <typename Body>
+inline void each_stream(int64_t threads, int64_t N, Body body) {
+    const int64_t panels = (N + WIDTH - 1) / WIDTH, at_once = std::clamp<int64_t>(panels / threads, 1, STREAMS);
+    share_out(threads, (panels + at_once - 1) / at_once,
+              [&](int64_t task) { body(task * at_once, std::min((task + 1) * at_once, panels)); });
 }
 
 // out [rows][N] at a panel's columns = sums [rows][64] + bias.

@@ -1,16 +1,16 @@
 // Linear layers whose weights are whole numbers in panels. In sums of whole numbers no order matters: a row's result does not depend on the
 // rows beside it. Scales belong to rows of the weight (and to groups of their columns); x is quantized here, each row by itself.
-#include "panels.h"
+#include "byte_panels.h"
 
-#if defined(__AVX512VNNI__)
+#if defined(MULTIPLIES_BYTES)
 
-// What `linear_bytes` has to add for 128 too much in each number that a row of the weight [N][K] is multiplied with.
+// What `linear_bytes` has to add for what is too much in each code that a row of the weight [N][K] is multiplied with.
 static void kernel_corrections(const int8_t* weight, int32_t* corrections, int64_t N, int64_t K, int64_t threads) {
     parallel(threads, N, [&](int64_t first, int64_t last) {
         for (int64_t n = first; n < last; n++) {
             int32_t sum = 0;
             for (int64_t k = 0; k < K; k++) sum += weight[n * K + k];
-            corrections[n] = -128 * sum;
+            corrections[n] = -TOO_MUCH * sum;
         }
     });
 }
@@ -45,68 +45,110 @@ inline float scale_of(const bf16* x, int64_t count, float limit) {
     return (found > 1e-30f ? found / limit : 0) + worse;
 }
 
-// Calls put(k, mask, numbers) with sixteen x / scale at a time, to nearest; returns their sum.
+// Calls put(k, count, numbers) with some x / scale, to nearest, LANES at a time; returns their sum.
 template <typename Put>
 inline int32_t quantize(const bf16* x, int64_t count, float scale, Put put) {
-    const __m512 inverse = _mm512_set1_ps(scale > 0 ? 1 / scale : 0);
-    __m512i total = _mm512_setzero_si512();
-    for (int64_t k = 0; k < count; k += LANES) {
-        const __mmask16 mask = count - k >= LANES ? 0xffff : (1u << (count - k)) - 1;
-        const __m512i wide = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, x + k)), 16);
-        const __m512i numbers = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_castsi512_ps(wide), inverse));
-        total = _mm512_add_epi32(total, numbers);
-        put(k, mask, numbers);
+    const Vec inverse = all(scale > 0 ? 1 / scale : 0);
+    WordVec total{};  // of a row that holds no number they may be the least there is
+    int64_t k = 0;
+    for (; k + LANES <= count; k += LANES) {
+        const IntVec numbers = rounded(load(x + k) * inverse);
+        total += (WordVec)numbers;
+        put(k, LANES, numbers);
     }
-    return _mm512_reduce_add_epi32(total);
+    if (k < count) {
+        bf16 rest[LANES] = {};
+        memcpy(rest, x + k, (count - k) * sizeof *x);
+        const IntVec numbers = rounded(load(rest) * inverse);
+        total += (WordVec)numbers;
+        put(k, count - k, numbers);
+    }
+    uint32_t sum = 0;
+    for (int lane = 0; lane < LANES; lane++) sum += total[lane];
+    return int32_t(sum);
 }
 
-// A row of x to BYTES rows of bytes without a sign, the higher ones first; returns what to multiply with.
+// A row of x, as numbers of BYTES bytes, to its codes, those of higher bytes first; returns what to multiply with. Lower bytes have no sign:
+// where codes are bytes, 128 is what is too much in the higher ones alone.
 template <int BYTES>
-inline float quantize_row(const bf16* x, int64_t K, uint8_t* q) {
+inline float quantize_row(const bf16* x, int64_t K, Code* q) {
     const float scale = scale_of(x, K, BYTES == 1 ? 127 : 32767);
-    quantize(x, K, scale, [&](int64_t k, __mmask16 mask, __m512i numbers) {
-        const __m512i positive = _mm512_add_epi32(numbers, _mm512_set1_epi32(BYTES == 1 ? 128 : 32768));
-        for (int byte = 0; byte < BYTES; byte++)
-            _mm_mask_storeu_epi8(q + byte * K + k, mask, _mm512_cvtepi32_epi8(_mm512_srli_epi32(positive, 8 * (BYTES - 1 - byte))));
+    quantize(x, K, scale, [&](int64_t k, int64_t count, IntVec numbers) {
+        put_codes(q + k, codes_of(BYTES) == 1 ? numbers : numbers >> 8, count);
+        if (codes_of(BYTES) == 2) put_codes(q + K + k, (numbers & 255) - TOO_MUCH, count);
     });
     return scale;
 }
 
-// Weights of bytes, x of BYTES bytes to a number. The first of them is 128 too much: `corrections` [N], -128 times the sum of a row of the
-// weight, make up for it. q [M][BYTES][K] and x_scales [M] are room to work in.
+// results [rows][64] of a panel += sums [rows][CODES][64], and at last times their scales.
+template <int CODES>
+inline void add_sums(const int32_t* sums, int64_t rows, float* results) {
+    for (int64_t m = 0; m < rows; m++)
+        for (int64_t n = 0; n < WIDTH; n++) {
+            float total = float(sums[m * CODES * WIDTH + n]);
+            if (CODES == 2) total = total * 256 + float(sums[(m * CODES + 1) * WIDTH + n]);
+            results[m * WIDTH + n] += total;
+        }
+}
+
+inline void scale_results(float* results, int64_t rows, const float* scales, const float* x_scales) {
+    for (int64_t m = 0; m < rows; m++)
+        for (int64_t n = 0; n < WIDTH; n++) results[m * WIDTH + n] *= scales[n] * x_scales[m];
+}
+
+// Weights of bytes, x of BYTES bytes to a number. The first of its codes are TOO_MUCH: `corrections` [N], that often less the sum of a row of
+// the weight, make up for it. q [M][codes_of(BYTES)][K] and x_scales [M] are room to work in.
 template <int BYTES>
-inline void linear_bytes(const bf16* x, uint8_t* q, float* x_scales, const int8_t* packed, const float* scales, const int32_t* corrections,
+inline void linear_bytes(const bf16* x, Code* q, float* x_scales, const int8_t* packed, const float* scales, const int32_t* corrections,
                          const bf16* bias, bf16* out, int64_t M, int64_t N, int64_t K, int64_t threads) {
+    constexpr int CODES = codes_of(BYTES);
     in_team(threads, [&] {
         parallel(threads, M, [&](int64_t first, int64_t last) {
-            for (int64_t m = first; m < last; m++) x_scales[m] = quantize_row<BYTES>(x + m * K, K, q + m * BYTES * K);
+            for (int64_t m = first; m < last; m++) x_scales[m] = quantize_row<BYTES>(x + m * K, K, q + m * CODES * K);
         });
-        each_panel(threads, M, N, BLOCK / BYTES, [&](int64_t panel, int64_t top, int64_t rows, int64_t blocks) {
-            alignas(64) int32_t sums[BLOCK][WIDTH];
-            alignas(64) float results[BLOCK / BYTES][WIDTH];
-            memset(sums, 0, rows * BYTES * WIDTH * 4);
-            for (int64_t m = 0; m < rows; m++) memcpy(sums[m * BYTES], corrections + panel * WIDTH, WIDTH * 4);
-            multiply_panel<ByteDot>((const char*)q + top * BYTES * K, K, (const char*)packed + panel * K * WIDTH, rows * BYTES, K / 4,
-                                    depth_of(rows * BYTES, blocks, K / 4), sums[0]);
-            for (int64_t m = 0; m < rows; m++)
-                for (int64_t n = 0; n < WIDTH; n++) {
-                    float total = float(sums[m * BYTES][n]);
-                    if (BYTES == 2) total = total * 256 + float(sums[m * BYTES + 1][n]);
-                    results[m][n] = total * (scales[panel * WIDTH + n] * x_scales[top + m]);
+#if !defined(__AVX512VNNI__)
+        if (M == 1 && STREAMS > 1)
+            return each_stream(threads, N, [&](int64_t first, int64_t last) {
+                alignas(64) float results[STREAMS * WIDTH] = {};
+                for (int64_t k = 0; k < K; k += span_of(BYTES)) {
+                    alignas(64) int32_t sums[STREAMS * WIDTH] = {};
+                    multiply_byte_row(q + k, (const char*)packed + first * K * WIDTH + k * WIDTH, K * WIDTH, last - first,
+                                      std::min(K - k, span_of(BYTES)) / 4, sums);
+                    add_sums<CODES>(sums, last - first, results);
                 }
-            write_out(results[0], bias, out + top * N, rows, N, panel);
+                for (int64_t panel = first; panel < last; panel++) {
+                    float* of_panel = results + (panel - first) * WIDTH;
+                    scale_results(of_panel, 1, scales + panel * WIDTH, x_scales);
+                    write_out(of_panel, bias, out, 1, N, panel);
+                }
+            });
+#endif
+        each_panel(threads, M, N, BLOCK / CODES, [&](int64_t panel, int64_t top, int64_t rows, int64_t blocks) {
+            alignas(64) int32_t sums[BLOCK * WIDTH];
+            alignas(64) float results[BLOCK / CODES * WIDTH];
+            memset(results, 0, rows * WIDTH * 4);
+            for (int64_t k = 0; k < K; k += span_of(BYTES)) {
+                memset(sums, 0, rows * CODES * WIDTH * 4);
+                if (TOO_MUCH)
+                    for (int64_t m = 0; m < rows; m++) memcpy(sums + m * CODES * WIDTH, corrections + panel * WIDTH, WIDTH * 4);
+                multiply_byte_panel(q + top * CODES * K + k, K, (const char*)packed + (panel * K + k) * WIDTH, rows * CODES,
+                                    std::min(K - k, span_of(BYTES)) / 4, depth_of(rows * CODES, blocks, K / 4), sums);
+                add_sums<CODES>(sums, rows, results);
+            }
+            scale_results(results, rows, scales + panel * WIDTH, x_scales + top);
+            write_out(results, bias, out + top * N, rows, N, panel);
         });
     });
 }
 
-static void kernel_linear_w8a8(const bf16* x, uint8_t* q, float* x_scales, const int8_t* packed, const float* scales,
+static void kernel_linear_w8a8(const bf16* x, Code* q, float* x_scales, const int8_t* packed, const float* scales,
                                const int32_t* corrections, const bf16* bias, bf16* out, int64_t M, int64_t N, int64_t K,
                                int64_t threads) {
     linear_bytes<1>(x, q, x_scales, packed, scales, corrections, bias, out, M, N, K, threads);
 }
 KERNEL(linear_w8a8)
 
-static void kernel_linear_w8a16(const bf16* x, uint8_t* q, float* x_scales, const int8_t* packed, const float* scales,
+static void kernel_linear_w8a16(const bf16* x, Code* q, float* x_scales, const int8_t* packed, const float* scales,
                                 const int32_t* corrections, const bf16* bias, bf16* out, int64_t M, int64_t N, int64_t K,
                                 int64_t threads) {
     linear_bytes<2>(x, q, x_scales, packed, scales, corrections, bias, out, M, N, K, threads);
@@ -127,44 +169,38 @@ struct Groups {
     int64_t words() const { return K / groups / 8; }
 };
 
-inline __m512 load16(const float* from) { return _mm512_loadu_ps(from); }
-inline __m512 load16(const bf16* from) { return (__m512)load(from); }
-
 // sums [M][64] += groups [first, last) of rows top.. of x times those of a panel.
 template <typename T, int M>
 inline void multiply_groups(const Groups& g, int64_t top, int64_t panel, int64_t first, int64_t last, float* sums) {
+    constexpr int C = vectors_at_once(M);
     const int64_t words = g.words();
-    const __m512i low = _mm512_set1_epi8(15);
-    for (int64_t group = first; group < last; group++) {
-        __m512i total[M][4];
-        EACH(int m = 0; m < M; m++)
-        EACH(int c = 0; c < 4; c++)  // of a row that holds no number the sum may be the least there is
-        total[m][c] = _mm512_set1_epi32(g.offsets ? 0 : int32_t(0u - 8u * uint32_t(g.x_sums[(top + m) * g.groups + group])));
-        const char* line = g.packed + panel * g.K * (WIDTH / 2) + group * words * LINE;
-        const char* x = (const char*)g.q + top * g.K + group * words * 8;
-        for (int64_t word = 0; word < words; word++, line += LINE, x += 8) {
-            EACH(int c = 0; c < 4; c++) _mm_prefetch(line + 64 * c + AHEAD, _MM_HINT_T1);
-            EACH(int half = 0; half < 2; half++) {
-                __m512i w[4];
-                EACH(int c = 0; c < 4; c++) w[c] = _mm512_and_si512(_mm512_srli_epi16(_mm512_loadu_si512(line + 64 * c), 4 * half), low);
-                EACH(int m = 0; m < M; m++) {
-                    const __m512i one = spread_word(x + m * g.K + 4 * half);
-                    EACH(int c = 0; c < 4; c++) total[m][c] = _mm512_dpbusd_epi32(total[m][c], w[c], one);
+    for (int64_t group = first; group < last; group++)
+        for (int start = 0; start < LINE_VECTORS; start += C) {
+            IntVec total[M][C];
+            EACH(int m = 0; m < M; m++)
+            EACH(int c = 0; c < C; c++)  // of a row that holds no number the sum may be the least there is
+            total[m][c] = (g.offsets ? 0 : int32_t(0u - 8u * uint32_t(g.x_sums[(top + m) * g.groups + group]))) - IntVec{};
+            const char* line = g.packed + panel * g.K * (WIDTH / 2) + group * words * LINE + start * LANES * 4;
+            const char* x = (const char*)g.q + top * g.K + group * words * 8;
+            for (int64_t word = 0; word < words; word++, line += LINE, x += 8) {
+                EACH(int at = 0; at < C * LANES * 4; at += 64) __builtin_prefetch(line + at + AHEAD, 0, 2);
+                EACH(int c = 0; c < C; c++) {
+                    const IntVec w = load_words(line + c * LANES * 4);
+                    EACH(int m = 0; m < M; m++)
+                    total[m][c] = add_products(total[m][c], w, spread_word(x + m * g.K), spread_word(x + m * g.K + 4));
+                }
+            }
+            const int64_t at = (panel * g.groups + group) * WIDTH + start * LANES;
+            EACH(int m = 0; m < M; m++) {
+                const int64_t here = (top + m) * g.groups + group;
+                EACH(int c = 0; c < C; c++) {
+                    Vec product = load((const T*)g.scales + at + c * LANES) * __builtin_convertvector(total[m][c], Vec);
+                    if (g.offsets) product = fused(load((const T*)g.offsets + at + c * LANES), all(-float(g.x_sums[here])), product);
+                    float* to = sums + m * WIDTH + (start + c) * LANES;
+                    store(to, fused(product, all(g.x_scales[here]), load(to)));
                 }
             }
         }
-        const int64_t at = (panel * g.groups + group) * WIDTH;
-        EACH(int m = 0; m < M; m++) {
-            const int64_t here = (top + m) * g.groups + group;
-            const __m512 x_scale = _mm512_set1_ps(g.x_scales[here]), x_sum = _mm512_set1_ps(float(g.x_sums[here]));
-            EACH(int c = 0; c < 4; c++) {
-                __m512 product = _mm512_mul_ps(load16((const T*)g.scales + at + 16 * c), _mm512_cvtepi32_ps(total[m][c]));
-                if (g.offsets) product = _mm512_fnmadd_ps(load16((const T*)g.offsets + at + 16 * c), x_sum, product);
-                float* to = sums + m * WIDTH + 16 * c;
-                _mm512_storeu_ps(to, _mm512_fmadd_ps(product, x_scale, _mm512_loadu_ps(to)));
-            }
-        }
-    }
 }
 
 template <typename T, int M = ROWS>
@@ -200,8 +236,9 @@ static void kernel_linear_w4a8(const bf16* x, const int32_t* order, bf16* sorted
                     for (int64_t k = 0; k < size; k++) sorted[i * size + k] = row[order[i % groups * size + k]];
                 }
                 x_scales[i] = scale_of(from, size, 127);
-                x_sums[i] = quantize(from, size, x_scales[i], [&](int64_t k, __mmask16 mask, __m512i numbers) {
-                    _mm_mask_storeu_epi8(q + i * size + k, mask, _mm512_cvtepi32_epi8(numbers));
+                x_sums[i] = quantize(from, size, x_scales[i], [&](int64_t k, int64_t count, IntVec numbers) {
+                    const auto bytes = resized<CodeVec>((WordVec)numbers);
+                    memcpy(q + i * size + k, &bytes, count);
                 });
             }
         });
