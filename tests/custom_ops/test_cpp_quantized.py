@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -12,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from autodeploy import Target
-from autodeploy.custom_ops import cpp_quantized, embedding_op, linear_op, moe
+from autodeploy.custom_ops import cpp, cpp_quantized, embedding_op, linear_op, moe
 from autodeploy.formats import SCHEMES, Format, Integers
 from tests.marks import needs_byte_kernels
 
@@ -163,6 +166,16 @@ def test_experts_of_whole_numbers(scheme: str, provider: str) -> None:
     ]
     exact = moe.reference(x.double(), index, weights.double(), *(torch.stack([d for _, d in s]) for s in made.values()), *rest)
     assert float((chosen.function(x, index, weights, *packed, *rest) - exact).norm() / exact.norm()) < 2**-5
+
+
+@needs_byte_kernels
+@pytest.mark.skipif(cpp.isas()[0] == "avx2", reason="this CPU has no more than AVX2")
+def test_cpus_with_avx2_alone() -> None:
+    chosen = "beside_it or largest_sums or (dense_matrix and 130) or rows_of_a_table"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", chosen]
+    environment = {**os.environ, "AUTODEPLOY_CPP_ISA": "avx2"}
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert found.returncode == 0 and "skipped" not in found.stdout, found.stdout[-2000:]
 
 
 def choice(form: Format | None, x: Tensor, weight: Tensor) -> tuple[str, dict[str, list[str]]]:
