@@ -178,6 +178,13 @@ def test_cpus_with_avx2_alone() -> None:
     assert found.returncode == 0 and "skipped" not in found.stdout, found.stdout[-2000:]
 
 
+@pytest.mark.parametrize("isa", cpp.ISAS)
+def test_which_cpus_multiply_bytes(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpp, "isa", lambda: isa)
+    assert cpp.multiplies_bytes.__wrapped__() == (isa not in ("avx512", "generic"))
+    assert cpp.widens_bytes.__wrapped__() == (isa == "avx2")
+
+
 def choice(form: Format | None, x: Tensor, weight: Tensor) -> tuple[str, dict[str, list[str]]]:
     provider, against = linear_op.choose(Target(), x, weight, parameters={"weight": form})
     return provider.name, against
