@@ -116,19 +116,6 @@ inline void multiply_bytes(const Code* x, int64_t stride, const char* panel, int
     EACH(int c = 0; c < C; c++) memcpy(sums + m * WIDTH + c * LANES, &total[m][c], sizeof total[m][c]);
 }
 
-// The same for whole lines.
-template <int GROUPS, int M = ROWS>
-inline void multiply_bytes(int64_t rows, const Code* x, int64_t stride, const char* panel, int64_t words, int32_t* sums, const char* next) {
-    if (rows == M) {
-        constexpr int C = vectors_at_once(M);
-        for (int c = 0; c < LINE_VECTORS; c += C)
-            multiply_bytes<M, GROUPS>(x, stride, panel + c * LANES * 4, words, sums + c * LANES,
-                                      next + c * words * fetched_by(GROUPS) / LINE_VECTORS);
-    } else if constexpr (M > 1) {
-        multiply_bytes<GROUPS, M - 1>(rows, x, stride, panel, words, sums, next);
-    }
-}
-
 // sums [count][64] += a row of x times parts of some panels, which are `step` bytes apart, in turns.
 inline void multiply_byte_row(const Code* x, const char* panels, int64_t step, int64_t count, int64_t words, int32_t* sums) {
     for (int64_t word = 0; word < words; word += TURN)
@@ -139,22 +126,12 @@ inline void multiply_byte_row(const Code* x, const char* panels, int64_t step, i
 
 // sums [rows][64] += rows of x times a panel.
 inline void multiply_byte_panel(const Code* x, int64_t stride, const char* panel, int64_t rows, int64_t words, int64_t, int32_t* sums) {
-    const int64_t groups = (rows + ROWS - 1) / ROWS;
-    const int64_t depth = groups == 1 && vectors_at_once(int(rows)) == LINE_VECTORS ? words : BYTE_DEPTH;
-    for (int64_t word = 0; word < words; word += depth) {
-        const int64_t part = std::min(depth, words - word);
-        const char* from = panel + word * LINE;
-        for (int64_t group = 0; group < groups; group++) {
-            const int64_t top = rows * group / groups, count = rows * (group + 1) / groups - top;
-            const int fetched = fetched_by(int(groups));
-            const char* next = from + AHEAD + group % (LINE / fetched) * part * fetched;
-            const Code* here = x + top * stride + 4 * word;
-            int32_t* into = sums + top * WIDTH;
-            if (groups == 1) multiply_bytes<1>(count, here, stride, from, part, into, next);
-            else if (groups == 2) multiply_bytes<2>(count, here, stride, from, part, into, next);
-            else multiply_bytes<3>(count, here, stride, from, part, into, next);
-        }
-    }
+    in_parts(
+        panel, rows, words, BYTE_DEPTH, [](int64_t, int64_t, int64_t) {},
+        [&]<int M, int GROUPS>(int64_t top, int64_t word, int64_t part, int c, const char* next) {
+            multiply_bytes<M, GROUPS>(x + top * stride + 4 * word, stride, panel + word * LINE + c * LANES * 4, part,
+                                      sums + top * WIDTH + c * LANES, next);
+        });
 }
 
 #endif

@@ -4,9 +4,8 @@
 
 #include "panels.h"
 
-constexpr int FLOAT_DEPTH = 32;              // words of a panel that are written down as floats at a time: 16 KB
+constexpr int FLOAT_DEPTH = 32;              // words of a panel that are written down as floats at a time: 16 KB. Worth it for MANY groups
 constexpr int FLOAT_PART = 2 * FLOAT_DEPTH;  // columns of x to such a part
-constexpr int FLOAT_GROUPS = 3;              // of rows, from which on that is worth it
 
 // x as floats. Of many rows a part of all lies together: what a part of a panel is multiplied by is then one stream, and few pages.
 struct FloatRows {
@@ -28,13 +27,13 @@ inline Vec half_of(const char* words, int half) {
     return __builtin_bit_cast(Vec, half ? both & 0xffff0000u : both << 16);
 }
 
-// What is read and fetched depends on how many groups of rows take turns with a part of a panel: one, two, or FLOAT_GROUPS and more.
+// What is read and fetched depends on how many groups of rows take turns with a part of a panel: one, two, or MANY.
 // sums [M][vectors_at_once] += x [M][2 * words] times a part: its words, or (many groups) the floats in them, [2 * words][64].
 // Meanwhile a part of `next` is fetched, and of many groups each fetches the rows of the next one.
 template <int M, int GROUPS>
 inline void multiply_floats(const float* x, int64_t stride, const char* panel, int64_t words, float* sums, const char* next) {
     constexpr int C = vectors_at_once(M), FETCHED = M == 1 && STREAMS > 1 ? 0 : fetched_by(GROUPS) * C / LINE_VECTORS;
-    constexpr bool IS_FLOAT = GROUPS == FLOAT_GROUPS;
+    constexpr bool IS_FLOAT = GROUPS == MANY;
     Vec total[M][C];
     EACH(int m = 0; m < M; m++)
     EACH(int c = 0; c < C; c++) total[m][c] = load(sums + m * WIDTH + c * LANES);
@@ -55,19 +54,6 @@ inline void multiply_floats(const float* x, int64_t stride, const char* panel, i
     EACH(int c = 0; c < C; c++) store(sums + m * WIDTH + c * LANES, total[m][c]);
 }
 
-// The same for whole lines.
-template <int GROUPS, int M = ROWS>
-inline void multiply_floats(int64_t rows, const float* x, int64_t stride, const char* panel, int64_t words, float* sums, const char* next) {
-    if (rows == M) {
-        constexpr int C = vectors_at_once(M);
-        for (int c = 0; c < LINE_VECTORS; c += C)
-            multiply_floats<M, GROUPS>(x, stride, panel + c * LANES * 4, words, sums + c * LANES,
-                                       next + c * words * fetched_by(GROUPS) / LINE_VECTORS);
-    } else if constexpr (M > 1) {
-        multiply_floats<GROUPS, M - 1>(rows, x, stride, panel, words, sums, next);
-    }
-}
-
 // Words of a panel as floats, [2 * words][64].
 inline void write_floats(const char* panel, int64_t words, float* floats) {
     for (int64_t word = 0; word < words; word++, panel += LINE, floats += 2 * WIDTH)
@@ -78,23 +64,16 @@ inline void write_floats(const char* panel, int64_t words, float* floats) {
 // sums [rows][64] += rows of x, from `first` on, times a panel: `multiply_panel` of what the CPU has no products of.
 inline void multiply_float_panel(const FloatRows& x, int64_t first, const char* panel, int64_t rows, int64_t words, float* sums) {
     alignas(64) float floats[2 * FLOAT_DEPTH * WIDTH];
-    const int64_t groups = (rows + ROWS - 1) / ROWS;
-    const int64_t depth = groups == 1 && vectors_at_once(int(rows)) == LINE_VECTORS ? words : FLOAT_DEPTH;
-    for (int64_t word = 0; word < words; word += depth) {
-        const int64_t part = std::min(depth, words - word);
-        const char* from = panel + word * LINE;
-        if (groups >= FLOAT_GROUPS) write_floats(from, part, floats);
-        for (int64_t group = 0; group < groups; group++) {
-            const int64_t top = rows * group / groups, count = rows * (group + 1) / groups - top;
-            const float* here = x.data + x.place(first + top, 2 * word);
-            const int fetched = fetched_by(int(groups));
-            const char* next = from + AHEAD + group % (LINE / fetched) * part * fetched;
-            float* into = sums + top * WIDTH;
-            if (groups == 1) multiply_floats<1>(count, here, x.row_step, from, part, into, next);
-            else if (groups < FLOAT_GROUPS) multiply_floats<2>(count, here, x.row_step, from, part, into, next);
-            else multiply_floats<FLOAT_GROUPS>(count, here, x.row_step, (const char*)floats, part, into, next);
-        }
-    }
+    in_parts(
+        panel, rows, words, FLOAT_DEPTH,
+        [&](int64_t word, int64_t part, int64_t groups) {
+            if (groups >= MANY) write_floats(panel + word * LINE, part, floats);
+        },
+        [&]<int M, int GROUPS>(int64_t top, int64_t word, int64_t part, int c, const char* next) {
+            const char* from = GROUPS == MANY ? (const char*)floats : panel + word * LINE;
+            multiply_floats<M, GROUPS>(x.data + x.place(first + top, 2 * word), x.row_step, from + c * LANES * 4, part,
+                                       sums + top * WIDTH + c * LANES, next);
+        });
 }
 
 // sums [count][64] += a row of x times some panels, one behind the other.

@@ -35,6 +35,41 @@ constexpr int fetched_by(int groups) { return groups == 1 ? LINE : groups == 2 ?
 // A loop that must be unrolled, for what it counts to lie in registers.
 #define EACH(...) _Pragma("GCC unroll 16") for (__VA_ARGS__)
 
+// Calls body<rows>(), at most ROWS: what is to be unrolled must be known to the compiler.
+template <int M = ROWS, typename Body>
+inline void with_rows(int64_t rows, Body body) {
+    if (rows == M) body.template operator()<M>();
+    else if constexpr (M > 1) with_rows<M - 1>(rows, body);
+}
+
+// Walks through a panel, a part of so many words with all rows before the next one, where the sums of a line do not stay in registers. Calls
+// prepare(word, words, groups) for each part, then multiply<M, GROUPS>(top, word, words, c, next) for M rows from `top` on and the vectors
+// from c on that are taken at once. GROUPS: of rows that take turns with a part, MANY for more; next: what is to be fetched meanwhile.
+constexpr int MANY = 3;
+
+template <typename Prepare, typename Multiply>
+inline void in_parts(const char* panel, int64_t rows, int64_t words, int64_t most, Prepare prepare, Multiply multiply) {
+    const int64_t groups = (rows + ROWS - 1) / ROWS;
+    const int64_t depth = groups == 1 && vectors_at_once(int(rows)) == LINE_VECTORS ? words : most;
+    const int fetched = fetched_by(int(groups));
+    for (int64_t word = 0; word < words; word += depth) {
+        const int64_t part = std::min(depth, words - word);
+        prepare(word, part, groups);
+        for (int64_t group = 0; group < groups; group++) {
+            const int64_t top = rows * group / groups, count = rows * (group + 1) / groups - top;
+            const char* next = panel + word * LINE + AHEAD + group % (LINE / fetched) * part * fetched;
+            with_rows(count, [&]<int M>() {
+                for (int c = 0; c < LINE_VECTORS; c += vectors_at_once(M)) {
+                    const char* from = next + c * part * fetched / LINE_VECTORS;
+                    if (groups == 1) multiply.template operator()<M, 1>(top, word, part, c, from);
+                    else if (groups == 2) multiply.template operator()<M, 2>(top, word, part, c, from);
+                    else multiply.template operator()<M, MANY>(top, word, part, c, from);
+                }
+            });
+        }
+    }
+}
+
 #if defined(__AVX512BF16__)
 
 struct BfloatDot {

@@ -203,19 +203,13 @@ inline void multiply_groups(const Groups& g, int64_t top, int64_t panel, int64_t
         }
 }
 
-template <typename T, int M = ROWS>
-inline void multiply_groups(int64_t rows, const Groups& g, int64_t top, int64_t panel, int64_t first, int64_t last, float* sums) {
-    if (rows == M) return multiply_groups<T, M>(g, top, panel, first, last, sums);
-    if constexpr (M > 1) multiply_groups<T, M - 1>(rows, g, top, panel, first, last, sums);
-}
-
 template <typename T>
 inline void multiply_panel(const Groups& g, int64_t top, int64_t rows, int64_t panel, float* sums) {
     const int64_t tiles = (rows + ROWS - 1) / ROWS, depth = tiles == 1 ? g.groups : std::max<int64_t>(1, 512 * g.groups / g.K);
     for (int64_t first = 0; first < g.groups; first += depth)
         for (int64_t tile = 0; tile < tiles; tile++) {
             const int64_t begin = rows * tile / tiles, end = rows * (tile + 1) / tiles, last = std::min(first + depth, g.groups);
-            multiply_groups<T>(end - begin, g, top + begin, panel, first, last, sums + begin * WIDTH);
+            with_rows(end - begin, [&]<int M>() { multiply_groups<T, M>(g, top + begin, panel, first, last, sums + begin * WIDTH); });
         }
 }
 
