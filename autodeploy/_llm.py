@@ -15,6 +15,7 @@ from autodeploy.config import LLMArgs, SamplingParams
 from autodeploy.errors import CheckpointError, ConfigError, RequestError
 from autodeploy.executor.detokenizer import IncrementalDetokenizer
 from autodeploy.executor.outputs import RequestHandle, RequestOutput, outputs_of, raised
+from autodeploy.light_torch import light_torch
 from autodeploy.memory_ahead import memory_ahead
 from autodeploy.program_store import model_name, store_of
 from autodeploy.prompts import is_single, spread, token_ids
@@ -41,7 +42,7 @@ class LLM:
     def __init__(self, model: Any, **options: Any) -> None:
         args, timeline = LLMArgs(model=model, **options), Timeline()
         with memory_ahead(_expected_memory(args)):
-            with timeline.phase("import torch"), collector_at_rest():
+            with timeline.phase("import torch"), collector_at_rest(), light_torch():
                 from autodeploy._compile import compile_observed, serve_if_other_rank
             serve_if_other_rank(args)
             self.tokenizer: Any = None if args.skip_tokenizer_init else tokenizer_of(args)

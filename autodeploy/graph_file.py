@@ -13,6 +13,7 @@ from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_modu
 from autodeploy.codec import decode, decode_target, describe, encode, encode_target, fake_input
 from autodeploy.custom_ops import symbolic
 from autodeploy.errors import ProgramFileError
+from autodeploy.light_torch import for_shapes_alone
 from autodeploy.specs import EXAMPLE_PAGE_SIZE, EXAMPLE_PAGES, CacheSpec, InputSpec
 
 
@@ -35,8 +36,10 @@ def read_graph(nodes: list[dict[str, Any]], parameters: Mapping[str, dict[str, A
         target = decode_target(data["target"]) if data["op"] == "call_function" else data["target"]
         args, kwargs = tuple(decode(data["args"], made)), decode({"dict": data.get("kwargs", {})}, made)
         made[data["name"]] = graph.create_node(data["op"], target, args, kwargs, data["name"])
+    with for_shapes_alone():
+        tensors = {name: _meta_parameter(kind) for name, kind in parameters.items()}
     with _use_lazy_graph_module(True):  # what is executed is another one, over real weights
-        return _make_graph_module({name: _meta_parameter(kind) for name, kind in parameters.items()}, graph)
+        return _make_graph_module(tensors, graph)
 
 
 def _meta_parameter(kind: dict[str, Any]) -> Tensor:

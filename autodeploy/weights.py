@@ -12,6 +12,7 @@ from torch import Tensor
 
 from autodeploy.errors import CheckpointError
 from autodeploy.formats import Format, Integers
+from autodeploy.light_torch import for_shapes_alone
 from autodeploy.recipes import (
     BrokenTensorError,
     Cast,
@@ -156,18 +157,21 @@ def _assembled(recipe: Recipe, fetch: Fetch) -> Tensor:
 
 
 def shape_of(recipe: Recipe, fetch: Fetch) -> Tensor:
-    """A meta tensor of the recipe's shape and dtype.
+    """A meta tensor of the recipe's shape and dtype."""
+    with for_shapes_alone():  # code of transformers in it comes from a model that was traced in this process
+        return _shape_of(recipe, fetch)
 
-    Joins are computed here: torch's own on meta tensors are written in Python, and the first one imports dynamo (2 s).
-    """
+
+def _shape_of(recipe: Recipe, fetch: Fetch) -> Tensor:
+    """Joins are computed here: torch's own on meta tensors are written in Python, and the first one imports dynamo (2 s)."""
     if isinstance(recipe, Leaf):
         return torch.empty_like(fetch(recipe), device="meta")
     if isinstance(recipe, Dequantize):
         return torch.empty(recipe.shape, dtype=torch.float32, device="meta")
     if isinstance(recipe, Pad):
-        source = shape_of(recipe.source, fetch)
+        source = _shape_of(recipe.source, fetch)
         return source.new_empty([recipe.size if dim == recipe.dim else size for dim, size in enumerate(source.shape)])
-    like = [shape_of(source, fetch) for source in recipe.sources]
+    like = [_shape_of(source, fetch) for source in recipe.sources]
     if not isinstance(recipe, Join):
         return recipe.apply(*like)
     shape = list(like[0].shape)

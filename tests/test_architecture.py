@@ -19,7 +19,10 @@ PACKAGE = ROOT / "autodeploy"
 
 # Each line: parts of the package <- the parts they may import, besides their own line and all that lies further upstream.
 ARROWS = {
-    ("errors", "config", "specs", "cache_folder", "cores", "memory_ahead", "huge_pages", "collector", "prompts"): (),
+    (
+        *("errors", "config", "specs", "cache_folder", "cores", "prompts"),
+        *("collector", "light_torch", "memory_ahead", "huge_pages"),
+    ): (),
     ("formats",): ("errors",),
     ("format_parts",): ("formats",),
     ("custom_ops",): ("config", "specs", "formats"),
