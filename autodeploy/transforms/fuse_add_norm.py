@@ -17,9 +17,7 @@ from autodeploy.transforms.rewrite import aten, calls, erase_unused, insert_call
 
 @dataclass(frozen=True, kw_only=True)
 class FuseAddNorm(Transform):
-    """A residual addition and an rms_norm of its sum, which the next addition reads too.
-
-    A sum that only a norm reads is left alone: it is the last one, whose norm is for the rows that are sampled (gather_logits).
+    """A residual addition and an rms_norm of its sum, which the next addition reads too; the last one does not.
 
     before:  h = add(x, residual); y = rms_norm(h, weight, eps, 0.0, False)
     after:   h, y = add_rms_norm(x, residual, weight, eps, 0.0, False)
@@ -38,8 +36,8 @@ class FuseAddNorm(Transform):
 
 
 def _is_residual_sum(node: Any) -> bool:
-    """An addition with several readers of two tensors alike in shape, dtype and layout, neither scaled."""
-    if not isinstance(node, fx.Node) or node.target is not aten.add.Tensor or node.kwargs or len(node.users) < 2:
+    """An addition of two tensors alike in shape, dtype and layout, neither scaled."""
+    if not isinstance(node, fx.Node) or node.target is not aten.add.Tensor or node.kwargs:
         return False
     return all(isinstance(arg, fx.Node) and _kind(arg) == _kind(node) for arg in node.args)
 
@@ -59,5 +57,6 @@ def _fuse(program: Program, add: Any, norm: fx.Node) -> None:
         add.prepend(weight)
     both = insert_call(program, add, ops.add_rms_norm, *add.args, *norm.args[1:])
     for i, old in enumerate((add, norm)):
-        old.replace_all_uses_with(insert_call(program, add, operator.getitem, both, i))
+        if i or len(add.users) > 1:
+            old.replace_all_uses_with(insert_call(program, add, operator.getitem, both, i))
     erase_unused(norm, add)

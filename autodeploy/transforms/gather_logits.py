@@ -1,7 +1,9 @@
-"""gather_logits: only the tokens whose logits are wanted go through the head of the model."""
+"""gather_logits: only the tokens whose logits are wanted go through what lies behind the last op that mixes tokens."""
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,18 +14,29 @@ from autodeploy import custom_ops as ops
 from autodeploy.program import Program
 from autodeploy.specs import Target
 from autodeploy.transforms.base import Effect, Transform
-from autodeploy.transforms.rewrite import aten, evaluate_node, insert_call, insert_input, val
+from autodeploy.transforms.rewrite import arguments, aten, evaluate_node, insert_call, insert_input, val
 
-HEAD = {aten.linear.default, ops.rms_norm.overload, ops.layer_norm.overload, ops.all_gather.overload}
-"""Ops over the last dim that may stand between the last layer and the logits, beside pointwise ones."""
+PER_TOKEN = {
+    aten.linear.default,
+    aten.to.dtype,
+    aten.contiguous.default,
+    ops.rms_norm.overload,
+    ops.layer_norm.overload,
+    ops.add_rms_norm.overload,
+    ops.gated_activation.overload,
+    ops.all_gather.overload,
+    ops.all_reduce.overload,
+    operator.getitem,
+}
+"""Ops that do the same for each token, beside pointwise ones and splits of the last dim."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GatherLogits(Transform):
-    """Select the wanted rows at the last point where the model is still one stream of tokens.
+    """Select the wanted rows of everything that the logits are computed from token by token: behind the last attention.
 
-    before:  logits = linear(rms_norm(hidden, ...), lm_head)                                        [1, T, V]
-    after:   logits = linear(rms_norm(index_select(hidden, 1, logits_indices), ...), lm_head)       [1, N, V]
+    before:  h = a + linear(x); logits = linear(rms_norm(h + mlp(h), ...), lm_head)       a, x [1, T, C]; logits [1, T, V]
+    after:   the same of index_select(a, 1, logits_indices) and index_select(x, 1, logits_indices); logits [1, N, V]
     """
 
     name: ClassVar[str] = "gather_logits"
@@ -32,43 +45,57 @@ class GatherLogits(Transform):
     def apply(self, program: Program, target: Target) -> int:
         if "logits_indices" in program.inputs:
             return 0
-        graph = program.graph.graph
-        output = graph.output_node()
-        tail = _tail(output.args[0]) or [output]
-        stream = _stream_input(tail[-1])
-        if stream is None:
+        behind = _per_token(program.graph.graph)
+        crossing = {source: reader for reader in reversed(behind) for source in _dependent(reader) if source not in behind}
+        if not crossing or not all(map(_is_stream, map(val, crossing))):
             return 0
         rows = insert_input(program, "logits_indices")
-        selected = insert_call(program, tail[-1], aten.index_select.default, stream, 1, rows)
-        tail[-1].replace_input_with(stream, selected)
-        if tail == [output]:
-            return 1
-        for node in reversed(tail):
+        for source, first_reader in crossing.items():
+            selected = insert_call(program, first_reader, aten.index_select.default, source, 1, rows)
+            for reader in behind:
+                reader.replace_input_with(source, selected)
+        for node in behind[:-1]:
             evaluate_node(program, node)
-        return 1
+        return len(crossing)
 
 
-def _tail(node: Any) -> list[fx.Node]:
-    """From the logits back: nodes that handle each token of [1, T, ...] by itself and have one token-dependent input."""
-    tail: list[fx.Node] = []
-    while isinstance(node, fx.Node) and node.op == "call_function" and _keeps_tokens(node):
-        if len(node.users) > 1 or (stream := _stream_input(node)) is None:
-            break
-        tail.append(node)
-        node = stream
-    return tail
+def _per_token(graph: fx.Graph) -> list[fx.Node]:
+    """The output and the calls, in order, that it needs, that nothing else needs, and that do the same for each token."""
+    behind = {graph.output_node()}
+    for node in reversed(graph.nodes):
+        if node.users and behind.issuperset(node.users) and _does_the_same_for_each_token(node):
+            behind.add(node)
+    parts = {node for node in behind if node.target is operator.getitem and node.args[0] not in behind}
+    return [node for node in graph.nodes if node in behind - parts]
 
 
-def _keeps_tokens(node: fx.Node) -> bool:
-    pointwise = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
-    return node.target in HEAD or pointwise or node.target in (aten.to.dtype, aten.contiguous.default)
+def _does_the_same_for_each_token(node: fx.Node) -> bool:
+    if node.op != "call_function":
+        return False
+    if node.target is aten.split_with_sizes.default:
+        known = arguments(node)["dim"] in (-1, 2)
+    else:
+        known = node.target in PER_TOKEN or torch.Tag.pointwise in getattr(node.target, "tags", ())
+    return known and all(_is_stream(val(each)) for each in (node, *_dependent(node))) and any(_dependent(node))
 
 
-def _stream_input(node: fx.Node) -> fx.Node | None:
-    """The one input of shape [1, T, C]; None when there are several or another one depends on T."""
-    streams = [arg for arg in node.all_input_nodes if isinstance(val(arg), torch.Tensor) and _depends_on_tokens(val(arg))]
-    return streams[0] if len(streams) == 1 and val(streams[0]).dim() == 3 else None
+def _dependent(node: fx.Node) -> Iterator[fx.Node]:
+    """Its inputs whose sizes depend on the number of tokens, or that are such a number."""
+    return (each for each in node.all_input_nodes if any(not isinstance(size, int) for size in _sizes(val(each))))
 
 
-def _depends_on_tokens(value: torch.Tensor) -> bool:
-    return any(not isinstance(size, int) for size in value.shape)
+def _sizes(value: Any) -> Iterator[Any]:
+    if isinstance(value, list | tuple):
+        for each in value:
+            yield from _sizes(each)
+    elif isinstance(value, torch.Tensor):
+        yield from value.shape
+    elif isinstance(value, torch.SymInt):
+        yield value
+
+
+def _is_stream(value: Any) -> bool:
+    """Of shape [1, T, C], or several of such."""
+    if isinstance(value, list | tuple):
+        return all(map(_is_stream, value))
+    return isinstance(value, torch.Tensor) and [isinstance(size, int) for size in value.shape] == [True, False, True]
