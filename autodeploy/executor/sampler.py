@@ -9,7 +9,7 @@ from torch import Tensor
 
 from autodeploy.config import SamplingParams
 from autodeploy.custom_ops import triton_sampling
-from autodeploy.custom_ops.cpp_sampling import at_least, largest_of_rows
+from autodeploy.custom_ops.cpp_sampling import at_least, finite_argmax, largest_of_rows
 from autodeploy.errors import ExecutionError
 from autodeploy.executor.request import Request
 
@@ -68,8 +68,7 @@ class Sampler:
         """The token of the largest logit of each row, as for requests that want no more; None when one is not finite."""
         if logits.device.type != "cpu":
             return tokens_of(self.greedy(logits).cpu().numpy())
-        largest, tokens = largest_of_rows(logits[:, : self.vocab_size])
-        return tokens.numpy() if np.isfinite(largest.float().numpy()).all() else None
+        return finite_argmax(logits, self.vocab_size)
 
     def forget(self, request: Request) -> None:
         """Drop what is remembered of a request that has ended; no harm when there is nothing."""

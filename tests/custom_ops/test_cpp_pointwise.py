@@ -176,6 +176,21 @@ def test_the_largest_of_each_row_is_that_of_torch(dtype: torch.dtype) -> None:
     assert largest_of_rows(logits[:, 2987:2988])[0].isnan().any()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_largest_of_a_row_that_is_cut_into_parts(dtype: torch.dtype) -> None:
+    logits = numbers(1, 152_001, dtype=dtype)
+    for places in ([], [0], [152_000], [80_000, 70_000, 90_000], [76_000, 75_999]):
+        logits[0, places] += 50.0
+        expected = logits.max(-1)
+        highest, where = largest_of_rows(logits)
+        assert torch.equal(highest.double(), expected.values.double()) and torch.equal(where, expected.indices)
+        logits[0, places] = 99.0
+    for place in (5, 151_999):
+        with_nan = logits.clone()
+        with_nan[0, place] = float("nan")
+        assert largest_of_rows(with_nan)[0].isnan().all()
+
+
 @pytest.mark.parametrize("least", [-float("inf"), -1.0, 0.5, 3.0, 9.0, 10.0])
 def test_where_numbers_are_large_enough(least: float) -> None:
     for row in (*rows_of_logits(torch.float32), numbers(5), numbers(5).double()):

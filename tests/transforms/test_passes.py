@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +13,10 @@ from torch import nn
 from autodeploy import ConfigError, TransformError, default_pipeline
 from autodeploy import custom_ops as ops
 from autodeploy.custom_ops import symbolic
-from autodeploy.program import op_name
+from autodeploy.program import Program
 from autodeploy.recipes import Cat, Take
 from autodeploy.specs import Target
+from autodeploy.transforms.base import Transform
 from autodeploy.transforms.cleanup import Cleanup
 from autodeploy.transforms.fuse_add_norm import FuseAddNorm
 from autodeploy.transforms.fuse_linears import FuseLinears
@@ -24,7 +26,7 @@ from autodeploy.transforms.insert_paged_attention import InsertPagedAttention
 from autodeploy.transforms.match_mlp import MatchMLP
 from autodeploy.transforms.match_norm import MatchNorm
 from autodeploy.transforms.match_rope import MatchRope
-from autodeploy.transforms.rewrite import arguments, aten, calls
+from autodeploy.transforms.rewrite import arguments, aten, calls, val
 from autodeploy.transforms.select_kernels import SelectKernels
 from tests.transforms.helpers import WIDTH, apply, family_program, toy_program
 
@@ -38,12 +40,12 @@ def run_family(name: str, **overrides):
 @pytest.mark.parametrize(
     ("name", "norms", "ropes", "gated", "fused", "sums"),
     [
-        ("qwen3", 9, 4, 2, 4, 3),  # 2 layers x (2 norms + q and k norms) + final
-        ("gemma2", 17, 8, 4, 8, 7),
+        ("qwen3", 9, 4, 2, 4, 4),  # 2 layers x (2 norms + q and k norms) + final
+        ("gemma2", 17, 8, 4, 8, 8),
         ("cohere", 7, 4, 2, 2, 0),  # one norm per layer, q and k norms
         ("gpt2", 5, 0, 0, 0, 0),
-        ("granite_swa", 9, 8, 4, 8, 7),
-        ("minicpm3", 9, 4, 2, 4, 3),
+        ("granite_swa", 9, 8, 4, 8, 8),
+        ("minicpm3", 9, 4, 2, 4, 4),
     ],
 )
 def test_every_norm_rope_activation_and_joint_projection_of_a_family_is_found(name, norms, ropes, gated, fused, sums) -> None:
@@ -148,7 +150,7 @@ def norm_of(x: torch.Tensor) -> torch.Tensor:
 def test_a_sum_goes_to_all_its_readers_and_only_one_of_two_norms_is_fused() -> None:
     def body(toy, x, positions):
         total = x + x.exp()
-        return total.sin() * norm_of(total) + norm_of(total.cos() * 0 + total) + total
+        return total.sin() * norm_of(total) + norm_of(total.cos() * total) + total
 
     program, _ = toy_program(body)
     assert apply(program, Cleanup(), MatchNorm(), FuseAddNorm())[1:] == [2, 1]
@@ -158,23 +160,28 @@ def test_a_sum_goes_to_all_its_readers_and_only_one_of_two_norms_is_fused() -> N
 
 
 @pytest.mark.parametrize(
-    ("total", "also_read"),
+    "total",
     [
-        (lambda x: torch.add(x, x.exp(), alpha=2), True),
-        (lambda x: x + x[..., :1], True),
-        (lambda x: x + 1.0, True),
-        (lambda x: x + x.exp().transpose(1, 2).contiguous().transpose(1, 2), True),
-        (lambda x: x + x.exp(), False),
+        lambda x: torch.add(x, x.exp(), alpha=2),
+        lambda x: x + x[..., :1],
+        lambda x: x + 1.0,
+        lambda x: x + x.exp().transpose(1, 2).contiguous().transpose(1, 2),
     ],
-    ids=["scaled", "broadcast", "number", "another layout", "read by the norm alone"],
+    ids=["scaled", "broadcast", "number", "another layout"],
 )
-def test_sums_that_are_not_fused_with_their_norm(total, also_read) -> None:
+def test_sums_that_are_not_fused_with_their_norm(total) -> None:
     def body(toy, x, positions):
         h = total(x)
-        return norm_of(h) + h if also_read else norm_of(h)
+        return norm_of(h) + h
 
     program, _ = toy_program(body)
     assert apply(program, Cleanup(), MatchNorm(), FuseAddNorm())[1:] == [1, 0]
+
+
+def test_a_sum_that_the_norm_alone_reads_leaves_no_reader_behind() -> None:
+    program, _ = toy_program(lambda toy, x, positions: norm_of(x + x.exp()))
+    assert apply(program, Cleanup(), MatchNorm(), FuseAddNorm())[1:] == [1, 1]
+    assert [node.args[1] for node in calls(program, operator.getitem)] == [1]
 
 
 def test_layers_with_shared_kv_share_one_cache_and_append_once() -> None:
@@ -210,13 +217,42 @@ def test_windows_become_sliding_window_caches() -> None:
     assert [getattr(spec, "window", 0) for spec in program.caches.values()] == [8, 0, 8, 0]
 
 
-def test_only_wanted_rows_reach_norm_head_and_softcap() -> None:
+@pytest.mark.parametrize("fused", [(), (MatchMLP(), FuseLinears(), FuseAddNorm())], ids=["plain", "fused"])
+def test_only_wanted_rows_go_through_what_lies_behind_the_last_attention(fused: tuple[Transform, ...]) -> None:
     program, _ = family_program("gemma2")
-    apply(program, Cleanup(), MatchNorm(), InsertPagedAttention(), GatherLogits())
-    order = [op_name(node.target) for node in program.graph.graph.nodes]
-    select = order.index("aten.index_select")
-    assert order[select + 1 : select + 3] == ["autodeploy.rms_norm", "aten.linear"]
+    apply(program, Cleanup(), MatchNorm(), *fused, InsertPagedAttention(), GatherLogits())
+    nodes = list(program.graph.graph.nodes)
+    last = nodes.index(calls(program, ops.paged_attention)[-1])
+    rows = {node: str(val(node).shape[1]) for node in nodes[last:] if node.target is aten.linear.default}
+    assert len(rows) == (5 if not fused else 4) and set(rows.values()) == {str(val(program_output(program)).shape[1])}
+    first, second = calls(program, aten.index_select.default)
+    assert first.args[1:] == second.args[1:] and str(first.args[2]) == "logits_indices"
     assert "logits_indices" in program.inputs
+
+
+def program_output(program: Program) -> Any:
+    return program.graph.graph.output_node().args[0]
+
+
+def test_rows_are_selected_in_front_of_what_mixes_them() -> None:
+    def body(toy, x, positions):
+        return toy.extra["a"](x.cumsum(1)).exp() + x.sin().mean(1, keepdim=True)
+
+    program, _ = toy_program(body, a=nn.Linear(WIDTH, WIDTH))
+    assert apply(program, Cleanup(), GatherLogits()) == [0, 1]
+    (selected,) = calls(program, aten.index_select.default)
+    assert selected.args[0].target is aten.cumsum.default and [user.target for user in selected.users] == [aten.linear.default]
+
+
+def test_a_part_of_what_others_need_whole_is_selected_by_itself() -> None:
+    def body(toy, x, positions):
+        part, other = x.cumsum(1).split([8, 8], dim=-1)
+        return toy.extra["a"](part.exp() * part) + other.sum()
+
+    program, _ = toy_program(body, a=nn.Linear(8, WIDTH))
+    assert apply(program, Cleanup(), GatherLogits())[-1] == 1
+    (selected,) = calls(program, aten.index_select.default)
+    assert selected.args[0].target is operator.getitem and len(selected.users) == 2
 
 
 def test_every_semantic_op_gets_a_provider_and_mutating_ones_survive_dead_code_elimination() -> None:

@@ -290,7 +290,7 @@ def test_a_snapshot_costs_less_than_ten_milliseconds_per_thousand_nodes() -> Non
 def test_finding_nothing_changed_costs_less_than_ten_milliseconds_per_thousand_nodes() -> None:
     program, _ = family_program("qwen3", num_hidden_layers=8)
     snapshot, seconds = program.snapshot(), []
-    for _ in range(5):
+    for _ in range(20):
         started = time.perf_counter()
         assert _changes(snapshot, program) == ""
         seconds.append(time.perf_counter() - started)

@@ -328,3 +328,11 @@ static void kernel_rope_append(void* q, void* k, void* v, void* cache, const int
     });
 }
 KERNEL(rope_append)
+
+// Rows `ids` of x, each of so many bytes.
+static void kernel_take_rows(const char* x, const int64_t* ids, char* out, int64_t count, int64_t bytes, int64_t threads) {
+    parallel(threads_for(count * bytes, threads), count, [&](int64_t first, int64_t last) {
+        for (int64_t i = first; i < last; i++) memcpy(out + i * bytes, x + ids[i] * bytes, bytes);
+    });
+}
+KERNEL(take_rows)
