@@ -1,4 +1,4 @@
-"""torch without the half of its import that a start with a cached program has no use for.
+"""torch without the third of its import that a start with a cached program has no use for.
 
 torch ends its import with `torch._meta_registrations`, which brings `torch._decomp`, `torch._prims` and `torch._refs`: what
 operators do to tensors without data (device meta), written in Python. Tracing needs it, running a traced program does not. Here
@@ -29,7 +29,7 @@ _shapes_alone: ContextVar[bool] = ContextVar("shapes_alone", default=False)
 
 @contextmanager
 def light_torch() -> Iterator[None]:
-    """What imports torch first in here imports the lighter half. Nothing happens where torch is there already."""
+    """What imports torch first in here imports less of it. Nothing happens where torch is there already."""
     if "torch" in sys.modules:
         yield
         return
