@@ -67,8 +67,9 @@ def test_llama_of_8b_by_hand(tmp_path: Path) -> None:
     attention = 2 * 2 * 8192 * num_layers * heads * dim
     assert alone.flop == {"bfloat16": 2 * (num_layers * layer + words * width) + attention}
     pairs = 8192 * 8193 // 2
-    chunks = 4 * 2 * words * width  # the head, of the last token of each
-    assert plan.prefill.flop == {"bfloat16": 8192 * 2 * num_layers * layer + chunks + pairs * 4 * num_layers * heads * dim}
+    behind = width * dim * heads + 3 * width * inner  # the last attention: of the last token of each chunk, as is the head
+    of_all, of_last = 8192 * 2 * (num_layers * layer - behind), 4 * 2 * (behind + words * width)
+    assert plan.prefill.flop == {"bfloat16": of_all + of_last + pairs * 4 * num_layers * heads * dim}
     assert plan.prefill.seconds == pytest.approx(plan.prefill.flop["bfloat16"] / 989.5e12) and plan.prefill.limit == "products"
     assert not plan.collectives and not plan.notes
 
