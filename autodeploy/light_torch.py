@@ -23,6 +23,7 @@ from typing import Any
 
 LAST = "torch._meta_registrations"
 LATER = (LAST, "torch._decomp", "torch._prims", "torch._refs")
+PLACES = (*LATER, "torch.ops.prims")
 TRACER = "torch._dynamo"
 _shapes_alone: ContextVar[bool] = ContextVar("shapes_alone", default=False)
 
@@ -78,7 +79,7 @@ def _put_off() -> None:
     if any(name in sys.modules for name in LATER) or not hasattr(torch.library, "get_kernel"):  # another torch
         _load()
         return
-    for name in (*LATER, "torch.ops.prims"):
+    for name in PLACES:
         parent, last = _parent_and_last(name)
         setattr(parent, last, _Later(name))
     library = _hooked_factories()
@@ -104,7 +105,7 @@ def _first_tensor(kernel: Any, keys: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _load() -> None:
-    for name in (*LATER, "torch.ops.prims"):
+    for name in PLACES:
         parent, last = _parent_and_last(name)
         if isinstance(vars(parent).get(last), _Later):
             delattr(parent, last)

@@ -37,7 +37,7 @@ def finite_argmax(x: Tensor, width: int) -> np.ndarray | None:
     x is on the CPU. Between two steps of a model nothing of Python is in the caches of the CPU: each call counts.
     """
     if not _fits(x, torch.bfloat16, torch.float32):
-        highest, indices = x[:, :width].max(dim=-1)
+        highest, indices = largest_of_rows(x[:, :width])
         return indices.numpy() if highest.isfinite().all() else None
     found = np.empty(len(x), dtype=np.int64)
     _largest_of_rows(x.data_ptr(), 0, found.ctypes.data, len(x), width, x.stride(0), x.itemsize, torch.get_num_threads())

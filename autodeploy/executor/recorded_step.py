@@ -287,12 +287,23 @@ def _writes(function: Any) -> bool:
 
 
 def _kernels_last(graph: fx.Graph) -> list[fx.Node]:
-    """The nodes in an order in which what needs no provider comes first, so that it lies between no kernels."""
-    behind: set[fx.Node] = set()
+    """The nodes in an order in which what needs no provider comes first, so that it lies between no kernels.
+
+    Readers of what is written keep their place, and all do where torch itself writes: to a view, say, of what others read.
+    """
+    writers = [node for node in graph.nodes if node.op == "call_function" and _writes(node.target)]
+    if any(isinstance(node.target, torch._ops.OpOverload) for node in writers):
+        return list(graph.nodes)
+    held = {source for node in writers for source in node.all_input_nodes}
+    last: set[fx.Node] = set()
     for node in graph.nodes:
-        if node.target in PROVIDED or _writes(node.target) or node.op == "output" or not behind.isdisjoint(node.all_input_nodes):
-            behind.add(node)
-    return sorted(graph.nodes, key=behind.__contains__)
+        if (
+            node.target in PROVIDED
+            or node.op == "output"
+            or any(source in last or source in held for source in node.all_input_nodes)
+        ):
+            last.add(node)
+    return sorted(graph.nodes, key=last.__contains__)
 
 
 def _last_uses(nodes: Sequence[fx.Node]) -> Mapping[fx.Node, list[fx.Node]]:

@@ -57,6 +57,6 @@ def _fuse(program: Program, add: Any, norm: fx.Node) -> None:
         add.prepend(weight)
     both = insert_call(program, add, ops.add_rms_norm, *add.args, *norm.args[1:])
     for i, old in enumerate((add, norm)):
-        if i or len(add.users) > 1:
+        if old.users.keys() - {norm}:
             old.replace_all_uses_with(insert_call(program, add, operator.getitem, both, i))
     erase_unused(norm, add)

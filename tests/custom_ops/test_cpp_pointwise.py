@@ -7,6 +7,7 @@ import subprocess
 import sys
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from autodeploy import custom_ops as ops
 from autodeploy.custom_ops import SEMANTIC_OPS, cpp, cpp_pointwise
-from autodeploy.custom_ops.cpp_sampling import at_least, largest_of_rows
+from autodeploy.custom_ops.cpp_sampling import at_least, finite_argmax, largest_of_rows
 from autodeploy.custom_ops.pointwise import ACTIVATIONS
 from autodeploy.specs import Target
 from tests.marks import needs_cpp_kernels
@@ -189,6 +190,16 @@ def test_the_largest_of_a_row_that_is_cut_into_parts(dtype: torch.dtype) -> None
         with_nan = logits.clone()
         with_nan[0, place] = float("nan")
         assert largest_of_rows(with_nan)[0].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
+def test_where_the_largest_is_where_all_are_finite(dtype: torch.dtype) -> None:
+    logits = rows_of_logits(dtype)[[0, 1, 3]]
+    assert np.array_equal(finite_argmax(logits, 2990), logits[:, :2990].argmax(-1))  # pyright: ignore[reportArgumentType]
+    for bad in (float("nan"), float("inf")):
+        logits[1, 2995] = bad
+        assert finite_argmax(logits, 2990) is not None and finite_argmax(logits, 3000) is None
+    assert finite_argmax(torch.full((1, 70_000), -float("inf"), dtype=dtype), 70_000) is None
 
 
 @pytest.mark.parametrize("least", [-float("inf"), -1.0, 0.5, 3.0, 9.0, 10.0])

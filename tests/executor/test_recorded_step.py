@@ -12,8 +12,11 @@ from torch import Tensor, fx
 
 import autodeploy
 from autodeploy import SamplingParams
+from autodeploy.custom_ops import cpp_pointwise
+from autodeploy.custom_ops.cpp import KernelCalls
 from autodeploy.executor import model_runner
 from autodeploy.executor.recorded_step import ARENA_BYTES, Arena, can_record, record
+from tests.marks import needs_cpp_kernels
 from tests.models.families import make_model
 
 FAMILIES = ["qwen3", "gemma2", "mixtral", "gpt2", "bloom", "deepseek_v3", "qwen3_next", "mamba2"]
@@ -144,6 +147,28 @@ def test_what_does_not_change_is_computed_once() -> None:
     step = record(fx.GraphModule({"weight": torch.full((4,), 3.0)}, graph), [torch.ones(4).numpy()], [], Arena())
     assert len(step.calls) == 1
     assert step.run([torch.full((4,), 5.0).numpy()]).tolist() == [11.0] * 4
+
+
+@needs_cpp_kernels
+def test_what_torch_writes_in_place_keeps_its_order() -> None:
+    aten, graph = torch.ops.aten, fx.Graph()
+    x = graph.placeholder("x")
+    squares = graph.call_function(cpp_pointwise.gated_activation, (x, x, "relu"))
+    more = graph.call_function(aten.add.Tensor, (x, 1))
+    written = graph.call_function(aten.add_.Tensor, (graph.call_function(aten.view.default, (more, [1, 4])), squares))
+    graph.output(graph.call_function(aten.add.Tensor, (graph.call_function(aten.mul.Tensor, (more, 2)), written)))
+    step = record(fx.GraphModule({}, graph), [torch.ones(1, 4).numpy()], [], Arena())
+    assert step.output.tolist() == [[9.0] * 4] and step.run([torch.full((1, 4), 2.0).numpy()]).tolist() == [[21.0] * 4]
+
+
+@needs_cpp_kernels
+def test_all_kernels_of_a_decode_step_are_one_call_behind_those_of_torch() -> None:
+    compiled = autodeploy.compile(make_model("qwen3").bfloat16())
+    compiled.generate(PROMPTS, GREEDY)
+    step = next(iter(compiled.runner.recorded.values()))  # pyright: ignore[reportAttributeAccessIssue]
+    assert [isinstance(function, KernelCalls) for function, _ in step.calls] == [False] * (len(step.calls) - 1) + [True]
+    assert 4 <= len(step.calls) <= 12
+    compiled.shutdown()
 
 
 def test_an_arena_takes_back_and_joins_places() -> None:
